@@ -1,0 +1,808 @@
+#!/usr/bin/env python3
+"""MaskEmbed: locality alignment of vision transformers, the whole method in one file.
+
+Covert et al., "Locality Alignment Improves Vision-Language Models", 2024, arXiv 2410.11087. A ViT
+trained on whole images knows what each region holds but does not say it in that region's patch
+embedding. A frozen copy f that is shown some patches can speak of those alone. A trainable copy g
+sees the whole image; from g's *visible* patch embeddings a small decoder h must tell what f said:
+
+    min over g, h of  E || h(m * g(x)) - s f(m * x) ||^2       (mean over tokens and channels)
+
+To succeed for every mask m, each embedding must carry what its own patch contributes.
+
+    paper  here               shape         B images, K masks of each, N patches, P prefix tokens
+    x      images             (B, C, H, W)  (class, registers), T = P + N tokens, D channels, W the
+    m      masks              (B, K, N)     decoder's width (D unless chosen otherwise).
+    f      Teacher            (B, K, T, D)
+    g      MaskEmbed.encoder  (B, T, W)     A mask is 1 where a patch is visible and 0 where it is
+    h      MaskEmbed.decoder  (B, K, T, D)  hidden, and `keep` is the visible share, everywhere.
+    s      Teacher.scale      ()
+
+    python maskembed.py --model test_vit --no-pretrained                     # a look, on a laptop
+    python maskembed.py --model vit_base_patch16_clip_224.openai --data DIR  # one GPU
+    torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
+"""
+import argparse, contextlib, copy, difflib, functools, itertools, json, math, os, random, re, sys
+import time, zlib
+from typing import NamedTuple
+
+import huggingface_hub
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from timm.data import Mixup, create_dataset, create_transform, resolve_model_data_config
+from timm.layers import Mlp, PatchEmbed
+from timm.models import Beit, Eva, VisionTransformer
+from timm.models.vision_transformer import Attention, Block
+from tqdm import tqdm
+
+MASKS = ("uniform", "bernoulli", "blockwise")
+LOSSES = ("mse", "l1", "cosine", "masked", "unmasked")
+
+
+class InputError(ValueError):
+    """What was passed cannot be used; the text names it and says what to do about it."""
+
+
+def require(condition, message):
+    """Raises InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@contextlib.contextmanager
+def explaining(what):
+    """Turns whatever fails inside into an InputError that begins with `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+def sample_masks(batch_size, num_patches, kind="uniform", keep=0.5, complement=True, full=True,
+                 generator=None, device=None):
+    """Draws masks m -> float (B, K, N), 1 = visible, K in {1, 2, 3}: drawn, complement, full.
+
+    One mask is drawn per image; `complement` adds 1 - m (antithetical), `full` the mask of ones.
+    "uniform": every number of visible patches, 0..N, is as likely; "bernoulli": each patch is
+    visible with probability keep; "blockwise": rectangles until keep * N are visible. Drawn on
+    `device` (default: the generator's); the same generator state gives the same masks.
+    Raises ValueError for an unknown kind, an empty batch or grid, or keep not in 0..1.
+    """
+    require(min(batch_size, num_patches) > 0, f"no masks for {batch_size} x {num_patches} patches")
+    require(kind in MASKS, f"unknown mask kind {kind!r}: choose one of {', '.join(MASKS)}")
+    require(0 <= keep <= 1, f"keep is the share of visible patches, 0 to 1, not {keep}")
+    device = device or (generator.device if generator else None)
+    rand = functools.partial(torch.rand, generator=generator, device=device)
+    if kind == "uniform":
+        drawn = rand(batch_size, num_patches) > rand(batch_size, 1)  # u_i > u
+    elif kind == "bernoulli":
+        drawn = rand(batch_size, num_patches) < keep
+    else:
+        drawn = _rectangles(batch_size, num_patches, keep, rand)
+    m = drawn.float()  # (B, N)
+    return torch.stack([m] + [1 - m] * complement + [torch.ones_like(m)] * full, dim=1)  # (B, K, N)
+
+
+def _rectangles(batch_size, num_patches, keep, rand, count=32):
+    """Random rectangles become visible in turn until ceil(keep * N) patches are -> bool (B, N).
+
+    Each covers 16 to keep * N patches, aspect ratio 0.3 to 1/0.3; the last is cut short, row by
+    row. All are drawn at once, so that nothing has to be read back from the device.
+    """
+    rows = max(r for r in range(1, math.isqrt(num_patches) + 1) if num_patches % r == 0)
+    columns = num_patches // rows  # a square where N is one
+    largest = keep * num_patches
+    smallest = min(16, largest)
+    u = rand(4, batch_size, count, 1)
+    area, aspect = smallest + (largest - smallest) * u[0], 0.3 ** (2 * u[1] - 1)
+    height = (area * aspect).sqrt().round().clamp(1, rows)
+    width = (area / aspect).sqrt().round().clamp(1, columns)
+    top, left = (u[2] * (rows - height + 1)).floor(), (u[3] * (columns - width + 1)).floor()
+    index = torch.arange(num_patches, device=u.device)
+    y, x = index // columns - top, index % columns - left  # (B, count, N): place in each rectangle
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    turn = torch.arange(count, device=u.device)[:, None]
+    first = torch.where(inside, turn, count).amin(dim=1)  # (B, N): the turn that shows each patch
+    order = first * num_patches + index
+    return order.argsort(dim=1).argsort(dim=1) < math.ceil(largest - 1e-6)
+
+
+def mask_pixels(images, masks, patch_size):
+    """m * x, by definition: hidden patches are 0 after normalisation, which is the mean colour.
+
+    images (B, C, H, W), masks (B, K, N) -> (B, K, C, H, W); patch_size is an int or a pair. Pixels
+    beyond the last whole patch are hidden: no patch sees them. ValueError where shapes do not fit.
+    """
+    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    height, width = images.shape[-2:]
+    rows, columns = height // p, width // q
+    _check_batch(images, masks, rows * columns)
+    pixels = masks.unflatten(2, (rows, columns)).repeat_interleave(p, 2).repeat_interleave(q, 3)
+    pixels = F.pad(pixels, (0, width - columns * q, 0, height - rows * p))  # (B, K, H, W)
+    return images[:, None] * pixels[:, :, None]
+
+
+def _check_batch(images, masks, num_patches):
+    fits = images.ndim == 4 and images.is_floating_point() and len(images) > 0 and masks.ndim == 3
+    require(fits and (len(images), num_patches) == (len(masks), masks.shape[2]),
+            f"need float images (B, C, H, W) and masks (B, K, {num_patches}) with B > 0, "
+            f"got {tuple(images.shape)} {images.dtype} and {tuple(masks.shape)}")
+
+
+# ---- teacher -------------------------------------------------------------------------------------
+def _trunk(vit, prefix_only=False):
+    """A copy of a timm ViT without pooling and head: all tokens come out, every weight is used."""
+    require(isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
+            and isinstance(vit.patch_embed, PatchEmbed), f"{type(vit).__name__} has no patch tokens to "
+            "align: choose a timm VisionTransformer, Beit or Eva, as vit_base_patch16_224 is one")
+    require(vit.num_prefix_tokens or not prefix_only, "prefix_only: this ViT has no prefix tokens")
+    vit = copy.deepcopy(vit)
+    vit.reset_classifier(0, global_pool="")
+    return vit
+
+
+class Teacher(nn.Module):
+    """f: the frozen ViT looks at masked images. teacher(images, masks) -> s f(m * x), (B, K, T, D).
+
+    vit: any timm VisionTransformer, Beit or Eva; it is copied, the copy has no gradients, stays in
+    eval mode and lacks the last `skip_blocks` blocks. prefix_only: (B, K, P, D), prefix tokens
+    alone. Buffer `scale`: s, 1 until somebody measures it. Raises ValueError for a model without
+    patch tokens (or prefix tokens, if asked for), skip_blocks out of range, shapes that do not fit.
+    """
+
+    def __init__(self, vit, skip_blocks=1, prefix_only=False):
+        super().__init__()
+        self.vit = _trunk(vit, prefix_only).requires_grad_(False)
+        self.targets = slice(vit.num_prefix_tokens if prefix_only else None)
+        kept = len(vit.blocks) - skip_blocks
+        require(0 < kept <= len(vit.blocks), f"skip_blocks {skip_blocks} of {len(vit.blocks)} blocks: "
+                "choose 0 or more, fewer than all")
+        self.vit.blocks = self.vit.blocks[:kept]
+        # forward() masks the patch embeddings; what is left of the ViT starts from those.
+        self.patch_embed, self.vit.patch_embed = self.vit.patch_embed, nn.Identity()
+        self.vit.patch_embed.grid_size = self.patch_embed.grid_size  # read if dynamic_img_size
+        self.register_buffer("scale", torch.ones(()))
+        self.train()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images, masks):
+        _check_batch(images, masks, self.patch_embed.num_patches)
+        # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
+        # image once and put a blank patch's embedding where the mask is 0. Equal to mask_pixels.
+        x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
+        blank = self.patch_embed(torch.zeros_like(images[:1]))
+        visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
+        x = torch.where(visible, x[:, None], blank).flatten(0, 1)  # (B * K, N, D)
+        tokens = self.vit.fc_norm(self.vit.forward_features(x))  # (B * K, T, D); one norm is Identity
+        tokens = tokens.unflatten(0, masks.shape[:2])  # (B, K, T, D)
+        return tokens[:, :, self.targets] * self.scale
+
+
+# ---- encoder and decoder -------------------------------------------------------------------------
+class SoftcapAttention(Attention):
+    """timm's Attention with its logits a replaced by c tanh(a / c), c = self.softcap."""
+
+    def forward(self, x, **_):  # timm's versions pass different keywords, all of them None here
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        a = (self.q_norm(q) * (self.scale / self.softcap)) @ self.k_norm(k).mT  # (B, heads, T, T)
+        a = self.attn_drop((self.softcap * a.tanh()).softmax(dim=-1))
+        return self.proj_drop(self.proj(self.norm((a @ v).transpose(1, 2).flatten(2))))
+
+
+class Decoder(nn.Module):
+    """h: tokens (B, T, W), masks (B, K, N) -> (B, K, T, D); its blocks resemble the encoder's."""
+
+    def __init__(self, encoder, width, layers):
+        super().__init__()
+        attn, mlp = encoder.blocks[0].attn, encoder.blocks[0].mlp
+        require(width % attn.num_heads == 0, f"{attn.num_heads} heads do not divide width {width}")
+        plain = isinstance(attn, Attention)  # else Beit, Eva: bias, no qk norm
+        norm = functools.partial(nn.LayerNorm, eps=1e-5)
+        self.num_prefix = encoder.num_prefix_tokens
+        num_tokens = self.num_prefix + encoder.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, width))
+        self.blocks = nn.Sequential(*[Block(
+            width, attn.num_heads, mlp_ratio=4.0, qkv_bias=not plain or attn.qkv.bias is not None,
+            qk_norm=plain and not isinstance(attn.q_norm, nn.Identity), init_values=1e-6,
+            act_layer=type(mlp.act), mlp_layer=type(mlp), norm_layer=norm) for _ in range(layers)])
+        self.norm = norm(width)
+        self.head = nn.Linear(width, encoder.embed_dim)
+
+    def forward(self, tokens, masks):
+        visible = F.pad(masks, (self.num_prefix, 0)).to(tokens.dtype)[..., None]  # prefix: hidden
+        x = tokens[:, None] * visible + self.pos_embed  # (B, K, T, W): hidden ones keep their place
+        x = self.head(self.norm(self.blocks(x.flatten(0, 1))))  # (B * K, T, D)
+        return x.unflatten(0, masks.shape[:2])
+
+
+class MaskEmbed(nn.Module):
+    """g and h, the trained part: model(images, masks) -> h(m * g(x)), (B, K, T, D).
+
+    vit: any timm VisionTransformer, Beit or Eva; a copy becomes `.encoder`, under timm's own keys
+    plus `head.*`, with a fresh final norm and soft-capped attention (softcap=0: plain, the only
+    choice for Beit and Eva). head: "linear" or "mlp", D -> decoder width, zero at the start.
+    prefix_only: (B, K, P, D). Raises ValueError for arguments or shapes that do not fit.
+    """
+
+    def __init__(self, vit, softcap=30.0, head="linear", decoder_layers=2, decoder_width=None,
+                 prefix_only=False):
+        super().__init__()
+        require(0 <= softcap < math.inf, f"softcap must be positive, or 0 for none, not {softcap}")
+        require(head in ("linear", "mlp"), f"unknown head {head!r}: choose linear or mlp")
+        require(decoder_layers > 0, f"decoder_layers must be 1 or more, not {decoder_layers}")
+        self.encoder = encoder = _trunk(vit, prefix_only).requires_grad_(True).train()
+        self.targets = slice(vit.num_prefix_tokens if prefix_only else None)
+        for block in encoder.blocks if softcap else ():
+            known = type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+            require(known, f"no soft cap for {type(vit).__name__}'s attention: choose softcap 0")
+            block.attn.__class__, block.attn.softcap = SoftcapAttention, softcap  # keys stay timm's
+        for name in ("norm", "fc_norm"):
+            if not isinstance(getattr(encoder, name), nn.Identity):
+                setattr(encoder, name, nn.LayerNorm(vit.embed_dim, eps=1e-5))
+        dim, width, mlp = vit.embed_dim, decoder_width or vit.embed_dim, encoder.blocks[0].mlp
+        encoder.head = nn.Linear(dim, width) if head == "linear" else Mlp(
+            dim, mlp.fc2.in_features, width, act_layer=type(mlp.act))
+        for parameter in getattr(encoder.head, "fc2", encoder.head).parameters():
+            nn.init.zeros_(parameter)
+        self.decoder = Decoder(encoder, width, decoder_layers)
+        self.to(next(vit.parameters()))  # its device and dtype
+
+    def forward(self, images, masks):
+        _check_batch(images, masks, self.encoder.patch_embed.num_patches)
+        tokens = self.encoder.fc_norm(self.encoder.forward_features(images))  # (B, T, D), once
+        tokens = self.encoder.head(tokens)  # (B, T, W)
+        return self.decoder(tokens, masks)[:, :, self.targets]
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+def reconstruction_loss(prediction, target, masks, kind="mse"):
+    """|| h(m * g(x)) - s f(m * x) ||^2 and variants of it: (B, K, T, D) twice, (B, K, N) -> scalar.
+
+    "mse", "l1"; "cosine": 1 - mean cosine over tokens; "masked", "unmasked": squared error of
+    hidden or visible patches, and of prefix tokens, mean over all entries. Raises ValueError for an
+    unknown kind and for shapes that differ (they would broadcast in silence).
+    """
+    require(kind in LOSSES, f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
+    shapes = tuple(prediction.shape), tuple(target.shape), tuple(masks.shape)
+    require(shapes[0] == shapes[1] and shapes[1][:2] == shapes[2][:2], "need prediction and target "
+            "(B, K, T, D), masks (B, K, N), got {}, {}, {}".format(*shapes))
+    if kind == "mse":
+        return F.mse_loss(prediction, target)
+    if kind == "l1":
+        return F.l1_loss(prediction, target)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
+    weight = torch.ones_like(target[..., 0])  # (B, K, T); stays 1 for prefix tokens
+    if target.shape[2] >= masks.shape[2]:  # else prefix_only
+        weight[..., -masks.shape[2]:] = 1 - masks if kind == "masked" else masks
+    return (weight[..., None] * (prediction - target) ** 2).mean()
+
+
+# ---- data ----------------------------------------------------------------------------------------
+LETTERS = "ACEHKSTX"
+
+
+def draw_letters(index, size=48, seed=0):
+    """Built-in image `index`, PIL RGB: 1 to 4 letters in random colours on smooth coloured noise."""
+    rng = random.Random(f"{seed} {index}")
+    image = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((size, size), Image.BICUBIC)
+    cell, font = max(1, size // 3), ImageFont.load_default(size=max(1, 0.36 * size))
+    for place in rng.sample(range(9), rng.randint(1, 4)):
+        glyph = Image.new("L", (cell, cell))
+        ImageDraw.Draw(glyph).text((cell / 2, cell / 2), rng.choice(LETTERS), 255, font, anchor="mm")
+        glyph = glyph.rotate(rng.uniform(-15, 15), Image.BICUBIC)
+        image.paste(tuple(rng.randbytes(3)), (place % 3 * cell, place // 3 * cell), glyph)
+    return image
+
+
+def read_image(data, index):
+    """Image `index` of a timm or torchvision data set, PIL RGB; ValueError names a broken one."""
+    if not hasattr(data, "reader"):
+        return data[index][0].convert("RGB")
+    with explaining(data.reader.filename(index)), data.reader[index][0] as file:
+        return Image.open(file).convert("RGB")  # the reader itself: data[index] hides broken files
+
+
+def open_images(path, count=2000, size=224, seed=0, window=1):
+    """Opens `path` -> (read, indices) for training, the same for validation; read(i) is PIL RGB.
+
+    path: a folder or tar of images, a timm data set that can be indexed (torch/..., hfds/...), or
+    None: `count` built-in images. Where there is no val/ folder one image in a hundred is held out,
+    at least `window`, at most half. Raises ValueError where there is nothing to read.
+    """
+    read = functools.partial(draw_letters, size=size, seed=seed)
+    if path:
+        found = os.path.exists(path)
+        require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or tar"
+                ", and no timm data set that can be indexed (torch/..., hfds/...)")
+        root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
+        with explaining(f"--data {path}"):  # timm looks for train/ and for val/ itself
+            sets = [create_dataset("" if found else path, root, split, download=not found) for split in
+                    ["train"] + ["validation"] * any(map(os.path.isdir, (f"{path}/val", f"{path}/validation")))]
+        pairs = [(functools.partial(read_image, data), np.arange(len(data))) for data in sets]
+        if len(pairs) == 2:
+            return pairs
+        read, count = pairs[0][0], len(pairs[0][1])
+    held_out = min(max(count // 100, window), count // 2)
+    val = np.arange(held_out) * count // max(1, held_out)  # evenly spread, the same every time
+    return (read, np.delete(np.arange(count), val)), (read, val)
+
+
+def seed_of(*key):
+    """32 bits from (seed, epoch, place...): the same however often a run is stopped or spread."""
+    return zlib.crc32(repr(key).encode())
+
+
+class Images(torch.utils.data.Dataset):
+    """Item i -> (float (3, H, W), ""), a function of (seed, epoch, i) alone, whichever process asks.
+
+    For a broken file comes another, chosen by the same rule, and the text says what was wrong.
+    read, indices: from open_images. mix: timm's Mixup, for whole batches, or None.
+    """
+
+    def __init__(self, read, indices, transform, seed=0, mix=None):
+        self.read, self.indices, self.transform = read, indices, transform
+        self.seed, self.mix, self.epoch = seed, mix, 0
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        key, problem = seed_of(self.seed, self.epoch, i), ""
+        for j in [i] + random.Random(key).choices(range(len(self)), k=20):
+            random.seed(key), np.random.seed(key), torch.default_generator.manual_seed(key)
+            try:
+                return self.transform(self.read(self.indices[j])), problem
+            except Exception as error:
+                problem = problem or str(error)
+        return self.transform(Image.new("RGB", (64, 64))), problem  # nothing works: training stops
+
+
+def micro_batches(data, order, num_patches, args, process, *key, named=set()):
+    """Yields this rank's (images (b, 3, H, W), masks (b, K, N)), on the device, as `order` says.
+
+    Each batch_size * accum * world images in a row are one update's. Masks are drawn for all of
+    them, from `key` and their place, so they do not depend on who computes what. Where the last
+    images are fewer, so are a rank's, down to none. Raises ValueError when most of a batch is broken.
+    """
+    window = args.batch_size * args.accum * process.world
+    mine = [w[process.rank::process.world].split(args.batch_size) for w in order.split(window)]
+    loader = iter(torch.utils.data.DataLoader(
+        data, batch_sampler=(part.tolist() for parts in mine for part in parts if len(part)),
+        num_workers=args.workers, pin_memory=process.device.type == "cuda"))
+    for place, parts in enumerate(mine):
+        generator = torch.Generator(process.device).manual_seed(seed_of(*key, place))
+        masks = sample_masks(window, num_patches, args.mask_kind, args.keep, args.complement,
+                             args.full, generator)[process.rank::process.world]
+        for images, problems in itertools.islice(loader, sum(len(part) > 0 for part in parts)):
+            broken = [problem for problem in problems if problem]
+            for problem in set(broken) - named:
+                tqdm.write(f"skipped {problem}", file=sys.stderr)
+            named.update(broken)
+            require(2 * len(broken) <= len(images), f"most of a batch is broken: {broken[:1]}")
+            if data.mix:
+                np.random.seed(seed_of(*key, place, process.rank))
+                images, _ = data.mix(images, torch.zeros(len(images), dtype=torch.long))
+            m, masks = masks[:len(images)], masks[len(images):]
+            yield images.to(process.device, non_blocking=True), m
+
+
+# ---- processes and device ------------------------------------------------------------------------
+class Process(NamedTuple):
+    """This process: its rank among `world`, its device, the dtype of its matrix products."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self):
+        kind = "cuda" if self.device.type == "cuda" else "cpu"  # mps computes in float32
+        return torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, *values):
+        """Sums of numbers over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+
+def start_process(dtype="auto"):
+    """Joins the others where torchrun started this process; finds cuda, else mps, else the cpu.
+
+    dtype "auto": bfloat16 where the device computes in it, else float16 on cuda, else float32.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+        bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        best = "bfloat16" if bf16 else "float32"
+    require(dtype != "float16" or device.type == "cuda", "--dtype float16 needs a CUDA device")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Process(rank, world, device, getattr(torch, best if dtype == "auto" else dtype))
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+def write_file(path, data):
+    """Writes bytes, or what torch.save takes; at any time `path` is whole, the old or the new."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(data) if isinstance(data, bytes) else torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def read_file(path):
+    """A checkpoint as a dict. Code that a file may hold is never run; ValueError if unreadable."""
+    torch.serialization.add_safe_globals([argparse.Namespace])  # in the authors' files, and inert
+    with explaining(f"cannot read {path}"):
+        if str(path).endswith(".safetensors"):
+            with safetensors.safe_open(path, "pt") as file:
+                args = json.loads((file.metadata() or {}).get("maskembed", "{}"))
+                return {"model": {k: file.get_tensor(k) for k in file.keys()}, "args": args}
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def load_weights(vit, saved, path):
+    """Loads a checkpoint's encoder, or bare ViT, strictly, less pooling and head; ValueError if not.
+
+    saved: what read_file returns: ours, the authors' or timm's, with or without wrappers' prefixes.
+    """
+    with explaining(f"{path} does not fit the model"):
+        state = saved.get("model", saved.get("state_dict", saved))
+        state = {re.sub(r"\b(module|_orig_mod)\.", "", k): v for k, v in state.items()}
+        state = {k[8:]: v for k, v in state.items() if k.startswith("encoder.")} or state
+        norm = "norm." if isinstance(vit.fc_norm, nn.Identity) else "fc_norm."  # pooling decides
+        vit.load_state_dict({re.sub(r"^(fc_)?norm\.", norm, k): v for k, v in state.items()
+                             if not k.startswith(("head", "attn_pool."))})
+
+
+def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
+    """The ViT to align, from timm: weights from its hub, from a checkpoint file, or random.
+
+    Raises ValueError for a name unknown to timm (with the nearest), for what is no ViT, and, within
+    seconds, where the weights are not cached and the hub cannot be reached.
+    """
+    if ":" not in name:  # else hf-hub:... or local-dir:...
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
+        require(timm.is_model(name), f"unknown model {name}: did you mean {', '.join(near)}?")
+        with explaining(name), torch.device("meta"):  # is it a ViT? Before anything is downloaded
+            _trunk(timm.create_model(name))
+    if pretrained and not checkpoint:
+        try:  # offline, the hub's cache answers at once; online, each file is retried for long
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+    with explaining(f"cannot load {name}, pass --no-pretrained or --checkpoint FILE"):
+        vit = timm.create_model(name, pretrained and not checkpoint, num_classes=0, img_size=img_size)
+    if checkpoint:
+        vit = _trunk(vit)
+        load_weights(vit, read_file(checkpoint), checkpoint)
+    return vit
+
+
+def load_aligned(path, model=None):
+    """An aligned encoder as a timm ViT in eval mode: vit(images) -> all tokens (B, T, D), normed.
+
+    path: last.pt, best.pt or encoder.safetensors of a run, or a checkpoint of the authors' code.
+    model: a timm name, where the file does not say it; names svit_... are the authors' for vit_...
+    with a soft cap of 30, which is built in here. Raises ValueError if anything does not fit.
+    """
+    saved = read_file(path)
+    args = saved.get("args") or {}
+    args = args if isinstance(args, dict) else vars(args)
+    name = model or args.get("model") or saved.get("arch")
+    require(name, f"{path} does not say what model it is: pass model=, a timm name")
+    softcap = args.get("softcap", 30.0 if name.startswith("svit_") else 0.0)
+    vit = load_vit(re.sub("^svit_", "vit_", name), pretrained=False, img_size=args.get("img_size"))
+    vit = MaskEmbed(vit, softcap=softcap, decoder_layers=1).encoder
+    vit.head = nn.Identity()
+    load_weights(vit, saved, path)
+    return vit.eval()
+
+
+# ---- training ------------------------------------------------------------------------------------
+def learning_rate(step, total, warmup, lr, min_lr):
+    """Linear from min_lr to lr in `warmup` updates, then a cosine back to min_lr at `total`."""
+    if step < warmup:
+        return min_lr + (lr - min_lr) * step / warmup
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+@torch.no_grad()
+def validation_mean(function, data, num_patches, args, process):
+    """Means of the scalars that function(images, masks) returns, over `data`, each image once, with
+    the same masks every time, each rank on its share -> list of floats."""
+    totals = np.zeros(1)
+    batches = micro_batches(data, torch.arange(len(data)), num_patches, args, process, args.seed)
+    for images, masks in batches:
+        with process.autocast():
+            values = function(images, masks)
+        totals = totals + len(images) * np.array([1.0, *map(float, values)])
+    count, *totals = process.sum(*totals)
+    return [total / count for total in totals]
+
+
+def update(model, teacher, batches, optimizer, scaler, args, process):
+    """One optimizer step over `accum` micro-batches -> its mean loss here, left on the device."""
+    total = torch.zeros((), device=process.device)
+    for micro in range(args.accum):
+        images, masks = next(batches)
+        # Processes average their gradients once, during the backward pass of the last micro-batch.
+        last = process.world == 1 or micro == args.accum - 1
+        with contextlib.nullcontext() if last else model.no_sync():
+            with process.autocast():
+                prediction, target = model(images, masks), teacher(images, masks)
+                loss = reconstruction_loss(prediction, target, masks, args.loss) / args.accum
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return total
+
+
+def write_log(args, process, **entry):
+    """Appends a line to log.jsonl, and to wandb where that was asked for."""
+    if process.rank == 0:
+        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if args.wandb:
+            import wandb
+            wandb.log(entry, step=entry["step"])
+
+
+def save(model, optimizer, scaler, teacher, args, step, val_loss, best):
+    """last.pt: all that is needed to go on; best.pt; and the aligned ViT alone, with timm's keys."""
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                 scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss,
+                 best=best, args=vars(args))
+    write_file(os.path.join(args.out, "last.pt"), state)
+    if val_loss == best:
+        write_file(os.path.join(args.out, "best.pt"), state)
+    encoder = {k.replace("fc_norm.", "norm."): v.contiguous()  # as with global_pool=""
+               for k, v in model.encoder.state_dict().items() if not k.startswith("head.")}
+    about = {"maskembed": json.dumps({k: getattr(args, k) for k in ("model", "softcap", "img_size")})}
+    write_file(os.path.join(args.out, "encoder.safetensors"), safetensors.torch.save(encoder, about))
+
+
+def train(model, teacher, train_set, val_set, args, process, saved=None):
+    """The whole run: updates, validation and checkpoints into args.out -> the last validation loss.
+
+    args: from parse_args. saved: what read_file makes of the last.pt to go on from.
+    """
+    window, num_patches = args.batch_size * args.accum * process.world, model.encoder.patch_embed.num_patches
+    per_epoch = math.ceil(len(train_set) / window)
+    total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.95),
+        weight_decay=args.weight_decay, fused=process.device.type == "cuda")
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
+    step, best, val_loss = 0, math.inf, math.inf
+    if saved:
+        step, best, val_loss = saved["step"], saved["best"], saved["val_loss"]
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+    parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
+    bar = tqdm(total=total * window, initial=step * window, unit="img", disable=process.rank > 0)
+    while step < total:
+        epoch = train_set.epoch = step // per_epoch
+        shuffle = torch.Generator().manual_seed(seed_of(args.seed, epoch))
+        order = torch.randperm(len(train_set), generator=shuffle)
+        order = order[torch.arange(per_epoch * window) % len(order)]  # fills up the last window
+        batches = micro_batches(train_set, order, num_patches, args, process, args.seed, epoch)
+        running, since, clock = 0.0, step, time.perf_counter()
+        model.train()
+        for step in range(step + 1, (epoch + 1) * per_epoch + 1):  # counts updates done, from 1
+            lr = learning_rate(step - 1, total, warmup, args.lr, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            running += update(parallel, teacher, batches, optimizer, scaler, args, process)
+            bar.update(window)
+            if step % args.log_every == 0 or step == (epoch + 1) * per_epoch:
+                loss = process.sum(float(running))[0] / process.world / (step - since)
+                speed = (step - since) * window / (time.perf_counter() - clock)
+                require(math.isfinite(loss), f"the loss is {loss} at step {step}: try a lower --lr")
+                write_log(args, process, step=step, epoch=epoch, loss=loss, lr=lr, images_per_s=speed)
+                bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_loss:.4f}", lr=f"{lr:.1e}")
+                running, since, clock = 0.0, step, time.perf_counter()
+        model.eval()
+        val_loss, = validation_mean(
+            lambda x, m: [reconstruction_loss(model(x, m), teacher(x, m), m, args.loss)],
+            val_set, num_patches, args, process)
+        best = min(best, val_loss)
+        write_log(args, process, step=step, epoch=epoch, val_loss=val_loss)
+        if process.rank == 0:
+            save(model, optimizer, scaler, teacher, args, step, val_loss, best)
+    bar.close()
+    return val_loss
+
+
+# ---- command line --------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as for all bad input
+        raise InputError(message)
+
+
+def at_least(low, kind=int, high=math.inf):
+    """An argparse type: a finite number of a kind, in low..high."""
+    def number(text):
+        if not (low <= kind(text) <= high and kind(text) < math.inf):
+            raise ValueError
+        return kind(text)
+    number.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse: "invalid <this> value"
+    return number
+
+
+def parse_args(argv=None):
+    """The settings of a run from command-line words -> argparse.Namespace. ValueError if bad."""
+    parser = Parser(description="MaskEmbed: locality alignment of a timm ViT (arXiv 2410.11087).",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    yes_no, number, fraction = argparse.BooleanOptionalAction, at_least(0, float), at_least(0, float, 1)
+    g = parser.add_argument_group("model")
+    g.add_argument("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm ViT")
+    g.add_argument("--pretrained", default=True, action=yes_no, help="weights from the model hub")
+    g.add_argument("--checkpoint", metavar="FILE", help="load teacher and encoder from this file")
+    g.add_argument("--img-size", type=at_least(1), help="pixels, where not the model's own")
+    g.add_argument("--skip-blocks", type=at_least(0), default=1, help="last teacher blocks to drop")
+    g.add_argument("--prefix-only", default=False, action=yes_no, help="predict prefix tokens alone")
+    g.add_argument("--softcap", type=number, default=30.0, help="on the encoder's logits, 0 = off")
+    g.add_argument("--head", default="linear", choices=["linear", "mlp"], help="encoder to decoder")
+    g.add_argument("--decoder-layers", type=at_least(1), default=2, help="blocks of the decoder")
+    g.add_argument("--decoder-width", type=at_least(1), help="channels, where not the encoder's")
+    g.add_argument("--freeze-encoder", default=False, action=yes_no, help="but final norm and head")
+    g = parser.add_argument_group("masks and loss")
+    g.add_argument("--mask-kind", default="uniform", choices=MASKS, help="distribution of m")
+    g.add_argument("--keep", type=fraction, default=0.5, help="visible share, if not uniform")
+    g.add_argument("--complement", default=True, action=yes_no, help="use the mask 1 - m as well")
+    g.add_argument("--full", default=True, action=yes_no, help="use the full mask as well")
+    g.add_argument("--loss", default="mse", choices=LOSSES, help="what is minimised")
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", metavar="PATH", help="folder or tar of images, torch/... or hfds/...; "
+                   "without it, built-in images to try things out")
+    g.add_argument("--num-images", type=at_least(2), default=2000, help="number of built-in images")
+    g.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="per process")
+    g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
+    g.add_argument("--mixup", type=number, default=0.0, help="alpha, 0 = off")
+    g.add_argument("--cutmix", type=number, default=0.0, help="alpha, 0 = off")
+    g = parser.add_argument_group("training")
+    g.add_argument("--epochs", type=at_least(1), default=5, help="passes over the images")
+    g.add_argument("--batch-size", type=at_least(1), default=32, help="per process and micro-batch")
+    g.add_argument("--accum", type=at_least(1), default=1, help="micro-batches to an update")
+    g.add_argument("--lr", type=number, default=3e-4, help="highest learning rate")
+    g.add_argument("--min-lr", type=number, help="lowest learning rate; lr / 10 if left out")
+    g.add_argument("--warmup-epochs", type=at_least(0), default=0, help="epochs of rising lr")
+    g.add_argument("--weight-decay", type=number, default=0.01, help="AdamW's, on all parameters")
+    g.add_argument("--clip-grad", type=number, default=1.0, help="greatest norm of the gradient")
+    g.add_argument("--seed", type=at_least(0), default=0, help="of all that is random")
+    g = parser.add_argument_group("run")
+    g.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
+                   help="of matrix products")
+    g.add_argument("--compile", action=yes_no, help="torch.compile; on cuda if left out")
+    g.add_argument("--out", metavar="DIR", help="output folder; output/MODEL if left out")
+    g.add_argument("--resume", default=False, action=yes_no, help="go on from DIR/last.pt, if any")
+    g.add_argument("--log-every", type=at_least(1), default=20, help="updates from log to log")
+    g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
+    args = parser.parse_args(argv)
+    args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
+    args.out = args.out or os.path.join("output", re.sub(r"[^\w.-]", "_", args.model))
+    require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
+    require(args.warmup_epochs < args.epochs, "--warmup-epochs must be fewer than --epochs")
+    require(not (args.mixup or args.cutmix) or args.batch_size % 2 == 0,
+            "--mixup and --cutmix pair images: choose an even --batch-size")
+    return args
+
+
+def describe_weights(vit, args):
+    """Which weights were really loaded; a bare timm name can stand for others than the paper's."""
+    tag, name = vit.pretrained_cfg.get("tag") or "", args.model.split(".")[0]
+    if args.checkpoint or not args.pretrained:
+        return f"{name}, {args.checkpoint or 'random weights'}"
+    trap = "." not in args.model and re.search(r"_ft_|^v2|augreg2", tag)
+    return f"{name}.{tag}" + " (a bare name: fine-tuned or newer weights than the paper's)" * bool(trap)
+
+
+def open_sets(vit, args, window):
+    """Training and validation Images for a ViT: its size, its mean and std, the paper's crops."""
+    size, config = vit.patch_embed.img_size, resolve_model_data_config(vit)
+    transform = functools.partial(create_transform, size, mean=config["mean"], std=config["std"])
+    augment = transform(
+        is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3), hflip=0.5,
+        color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
+    plain = transform(interpolation=config["interpolation"], crop_pct=config["crop_pct"])
+    train_pair, val_pair = open_images(args.data, args.num_images, max(size), args.seed, window)
+    require(len(train_pair[1]) >= window, f"{len(train_pair[1])} training images are fewer than a "
+            f"global batch of {window} (processes x --batch-size x --accum)")
+    mix = Mixup(args.mixup, args.cutmix, num_classes=1) if args.mixup or args.cutmix else None
+    return Images(*train_pair, augment, args.seed, mix), Images(*val_pair, plain, args.seed)
+
+
+def run(args):
+    """One run, from settings to the last checkpoint."""
+    process = start_process(args.dtype)
+    say = print if process.rank == 0 else lambda *_: None
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    last, window = os.path.join(args.out, "last.pt"), args.batch_size * args.accum * process.world
+    require(args.resume or not os.path.exists(last), f"{args.out} holds a run: --resume goes on with "
+            "it, --out names another folder")
+    saved = read_file(last) if os.path.exists(last) else None
+
+    vit = load_vit(args.model, args.pretrained, args.img_size, args.checkpoint)
+    teacher = Teacher(vit, args.skip_blocks, args.prefix_only).to(process.device)
+    model = MaskEmbed(vit, args.softcap, args.head, args.decoder_layers, args.decoder_width,
+                      args.prefix_only).to(process.device)
+    if args.freeze_encoder:
+        model.encoder.requires_grad_(False)
+        for name in ("norm", "fc_norm", "head"):  # fresh, they have learned nothing yet
+            getattr(model.encoder, name).requires_grad_(True)
+    train_set, val_set = open_sets(vit, args, window)
+    if process.rank == 0:
+        with explaining(f"cannot write to --out {args.out}"):
+            os.makedirs(args.out, exist_ok=True)
+            write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=2).encode())
+    if args.compile or (args.compile is None and process.device.type == "cuda"):
+        teacher.compile()
+        model.compile()
+
+    num_patches, masks = vit.patch_embed.num_patches, 1 + args.complement + args.full
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = math.ceil(len(train_set) / window)
+    say(f"model    {describe_weights(vit, args)}; {parameters / 1e6:.1f} M trained parameters")
+    say(f"input    {vit.patch_embed.img_size} pixels, patches of {vit.patch_embed.patch_size}: "
+        f"N = {num_patches} patches, P = {vit.num_prefix_tokens} prefix tokens, K = {masks} masks")
+    say(f"data     {args.data or 'built-in letters, which are for trying things out'}: "
+        f"{len(train_set)} images, {len(val_set)} held out")
+    say(f"training {args.epochs} epochs of {steps} steps, global batch {process.world} x "
+        f"{args.batch_size} x {args.accum} = {window}, lr {args.lr} to {args.min_lr}")
+    say(f"device   {process.world} x {process.device}, {process.dtype}")
+    if saved:
+        with explaining(f"{last} does not fit this run"):
+            model.load_state_dict(saved["model"])
+            teacher.scale.fill_(saved["scale"])
+    elif args.loss == "mse":
+        def moments(images, masks):
+            targets = teacher(images, masks).float()
+            return targets.mean(), targets.square().mean()
+        mean, square = validation_mean(moments, val_set, num_patches, args, process)
+        teacher.scale.fill_((square - mean ** 2) ** -0.5)
+    say(f"target   scale s = {teacher.scale.item():.4f}")
+    if args.wandb and process.rank == 0:
+        import wandb
+        wandb.init(project=args.wandb, config=vars(args), dir=args.out)
+    train(model, teacher, train_set, val_set, args, process, saved)
+    if process.world > 1:
+        dist.destroy_process_group()
+
+
+def main(argv=None):
+    """The command line: python maskembed.py --help. Bad input: one line on stderr, exit code 2."""
+    try:
+        run(parse_args(argv))
+    except InputError as error:
+        print(f"maskembed: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
