@@ -22,16 +22,14 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     python maskembed.py --model vit_base_patch16_clip_224.openai --data DIR  # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
-import argparse, contextlib, copy, difflib, functools, itertools, json, math, os, random, re, sys
-import time, zlib
-from typing import NamedTuple
+import argparse, collections, contextlib, copy, difflib, functools, itertools, json, math, os, random
+import re, sys, time, zlib
 
 import huggingface_hub
 import numpy as np
 import safetensors.torch
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -169,6 +167,7 @@ class Teacher(nn.Module):
         self.vit.blocks = self.vit.blocks[:kept]
         # forward() masks the patch embeddings; what is left of the ViT starts from those.
         self.patch_embed, self.vit.patch_embed = self.vit.patch_embed, nn.Identity()
+        self.num_patches = self.patch_embed.num_patches
         self.vit.patch_embed.grid_size = self.patch_embed.grid_size  # read if dynamic_img_size
         self.register_buffer("scale", torch.ones(()))
         self.train()
@@ -178,7 +177,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, masks):
-        _check_batch(images, masks, self.patch_embed.num_patches)
+        _check_batch(images, masks, self.num_patches)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
         # image once and put a blank patch's embedding where the mask is 0. Equal to mask_pixels.
         x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
@@ -295,13 +294,14 @@ LETTERS = "ACEHKSTX"
 
 
 def draw_letters(index, size=48, seed=0):
-    """Built-in image `index`, PIL RGB: 1 to 4 letters in random colours on smooth coloured noise."""
+    """Built-in image `index`, PIL RGB: 1 to 4 letters, random colours, on smooth coloured noise."""
     rng = random.Random(f"{seed} {index}")
     image = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((size, size), Image.BICUBIC)
     cell, font = max(1, size // 3), ImageFont.load_default(size=max(1, 0.36 * size))
     for place in rng.sample(range(9), rng.randint(1, 4)):
         glyph = Image.new("L", (cell, cell))
-        ImageDraw.Draw(glyph).text((cell / 2, cell / 2), rng.choice(LETTERS), 255, font, anchor="mm")
+        middle = (cell / 2, cell / 2)
+        ImageDraw.Draw(glyph).text(middle, rng.choice(LETTERS), 255, font, anchor="mm")
         glyph = glyph.rotate(rng.uniform(-15, 15), Image.BICUBIC)
         image.paste(tuple(rng.randbytes(3)), (place % 3 * cell, place // 3 * cell), glyph)
     return image
@@ -312,32 +312,7 @@ def read_image(data, index):
     if not hasattr(data, "reader"):
         return data[index][0].convert("RGB")
     with explaining(data.reader.filename(index)), data.reader[index][0] as file:
-        return Image.open(file).convert("RGB")  # the reader itself: data[index] hides broken files
-
-
-def open_images(path, count=2000, size=224, seed=0, window=1):
-    """Opens `path` -> (read, indices) for training, the same for validation; read(i) is PIL RGB.
-
-    path: a folder or tar of images, a timm data set that can be indexed (torch/..., hfds/...), or
-    None: `count` built-in images. Where there is no val/ folder one image in a hundred is held out,
-    at least `window`, at most half. Raises ValueError where there is nothing to read.
-    """
-    read = functools.partial(draw_letters, size=size, seed=seed)
-    if path:
-        found = os.path.exists(path)
-        require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or tar"
-                ", and no timm data set that can be indexed (torch/..., hfds/...)")
-        root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
-        with explaining(f"--data {path}"):  # timm looks for train/ and for val/ itself
-            sets = [create_dataset("" if found else path, root, split, download=not found) for split in
-                    ["train"] + ["validation"] * any(map(os.path.isdir, (f"{path}/val", f"{path}/validation")))]
-        pairs = [(functools.partial(read_image, data), np.arange(len(data))) for data in sets]
-        if len(pairs) == 2:
-            return pairs
-        read, count = pairs[0][0], len(pairs[0][1])
-    held_out = min(max(count // 100, window), count // 2)
-    val = np.arange(held_out) * count // max(1, held_out)  # evenly spread, the same every time
-    return (read, np.delete(np.arange(count), val)), (read, val)
+        return Image.open(file).convert("RGB")  # past data[index], which hides broken files
 
 
 def seed_of(*key):
@@ -346,10 +321,10 @@ def seed_of(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """Item i -> (float (3, H, W), ""), a function of (seed, epoch, i) alone, whichever process asks.
+    """Item i -> (float (3, H, W), ""), decided by (seed, epoch, i) alone, whichever process asks.
 
-    For a broken file comes another, chosen by the same rule, and the text says what was wrong.
-    read, indices: from open_images. mix: timm's Mixup, for whole batches, or None.
+    read(indices[i]) is a PIL image. For one that cannot be read comes another, chosen by the same
+    rule, and the text says what was wrong. mix: timm's Mixup, for whole batches, or None.
     """
 
     def __init__(self, read, indices, transform, seed=0, mix=None):
@@ -362,7 +337,8 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         key, problem = seed_of(self.seed, self.epoch, i), ""
         for j in [i] + random.Random(key).choices(range(len(self)), k=20):
-            random.seed(key), np.random.seed(key), torch.default_generator.manual_seed(key)
+            for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
+                seed(key)
             try:
                 return self.transform(self.read(self.indices[j])), problem
             except Exception as error:
@@ -370,12 +346,48 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.new("RGB", (64, 64))), problem  # nothing works: training stops
 
 
+def open_images(args, vit, window):
+    """What args.data names, as Images to train on and to validate on, sized and normed for `vit`.
+
+    A folder or tar, a timm data set that can be indexed (torch/..., hfds/...), or None: built-in
+    images. Where there is no val/ one image in a hundred is held out, `window` at least, half at
+    most, the same ones every time. Raises ValueError where fewer than `window` are left to train on.
+    """
+    path, size, config = args.data, vit.patch_embed.img_size, resolve_model_data_config(vit)
+    reads, counts = [functools.partial(draw_letters, size=max(size), seed=args.seed)], [args.num_images]
+    if path:
+        found, library = os.path.exists(path), path.startswith(("torch/", "hfds/"))
+        require(found or library, f"--data {path}: no such folder or tar, and no timm data set that "
+                "can be indexed (torch/..., hfds/...)")
+        root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
+        val = any(os.path.isdir(os.path.join(path, name)) for name in ("val", "validation"))
+        with explaining(f"--data {path}"):  # timm itself looks for the folders train/ and val/
+            sets = [create_dataset("" if found else path, root, split, download=not found)
+                    for split in ("train", "validation")[:1 + val]]
+        reads, counts = [functools.partial(read_image, s) for s in sets], [len(s) for s in sets]
+    indices = [np.arange(count) for count in counts]
+    if len(indices) == 1:
+        held_out = min(max(counts[0] // 100, window), counts[0] // 2)
+        val = indices[0][:held_out] * counts[0] // max(1, held_out)  # evenly spread
+        reads, indices = reads * 2, [np.delete(indices[0], val), val]
+    require(len(indices[0]) >= window, f"{len(indices[0])} images to train on are fewer than a global "
+            f"batch of {window} (processes x --batch-size x --accum)")
+    transform = functools.partial(create_transform, size, mean=config["mean"], std=config["std"])
+    augment = transform(
+        is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3), hflip=0.5,
+        color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
+    plain = transform(interpolation=config["interpolation"], crop_pct=config["crop_pct"])
+    mix = Mixup(args.mixup, args.cutmix, num_classes=1) if args.mixup or args.cutmix else None
+    return (Images(reads[0], indices[0], augment, args.seed, mix),
+            Images(reads[1], indices[1], plain, args.seed))
+
+
 def micro_batches(data, order, num_patches, args, process, *key, named=set()):
     """Yields this rank's (images (b, 3, H, W), masks (b, K, N)), on the device, as `order` says.
 
     Each batch_size * accum * world images in a row are one update's. Masks are drawn for all of
     them, from `key` and their place, so they do not depend on who computes what. Where the last
-    images are fewer, so are a rank's, down to none. Raises ValueError when most of a batch is broken.
+    images are fewer, so are a rank's, down to none. ValueError when most of a batch is broken.
     """
     window = args.batch_size * args.accum * process.world
     mine = [w[process.rank::process.world].split(args.batch_size) for w in order.split(window)]
@@ -400,44 +412,45 @@ def micro_batches(data, order, num_patches, args, process, *key, named=set()):
 
 
 # ---- processes and device ------------------------------------------------------------------------
-class Process(NamedTuple):
-    """This process: its rank among `world`, its device, the dtype of its matrix products."""
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-
-    def autocast(self):
-        kind = "cuda" if self.device.type == "cuda" else "cpu"  # mps computes in float32
-        return torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32)
-
-    def sum(self, *values):
-        """Sums of numbers over all ranks."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            total = total.to(self.device)
-            dist.all_reduce(total)
-        return total.tolist()
+Process = collections.namedtuple("Process", "rank world device dtype")
 
 
 def start_process(dtype="auto"):
     """Joins the others where torchrun started this process; finds cuda, else mps, else the cpu.
 
     dtype "auto": bfloat16 where the device computes in it, else float16 on cuda, else float32.
+    Returns Process(rank, world: how many, device, dtype: of matrix products).
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
+    device = torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-        bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        best = "bfloat16" if bf16 else "float32"
-    require(dtype != "float16" or device.type == "cuda", "--dtype float16 needs a CUDA device")
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Process(rank, world, device, getattr(torch, best if dtype == "auto" else dtype))
+        bf16 = not mps and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    require(dtype != "float16" or cuda, "--dtype float16 needs a CUDA device")
+    if dtype == "auto":
+        dtype = "bfloat16" if bf16 else "float16" if cuda else "float32"
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    return Process(rank, world, device, getattr(torch, dtype))
+
+
+def autocast(process):
+    """The context in which matrices multiply in process.dtype."""
+    kind = "cuda" if process.device.type == "cuda" else "cpu"  # mps computes in float32
+    return torch.autocast(kind, process.dtype, enabled=process.dtype != torch.float32)
+
+
+def sum_ranks(process, *values):
+    """Sums of numbers over all ranks, a list of floats."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if process.world > 1:
+        total = total.to(process.device)
+        torch.distributed.all_reduce(total)
+    return total.tolist()
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -462,7 +475,7 @@ def read_file(path):
 
 
 def load_weights(vit, saved, path):
-    """Loads a checkpoint's encoder, or bare ViT, strictly, less pooling and head; ValueError if not.
+    """Loads a checkpoint's encoder, or bare ViT, strictly but for pooling and head; or ValueError.
 
     saved: what read_file returns: ours, the authors' or timm's, with or without wrappers' prefixes.
     """
@@ -486,13 +499,14 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
         require(timm.is_model(name), f"unknown model {name}: did you mean {', '.join(near)}?")
         with explaining(name), torch.device("meta"):  # is it a ViT? Before anything is downloaded
             _trunk(timm.create_model(name))
-    if pretrained and not checkpoint:
-        try:  # offline, the hub's cache answers at once; online, each file is retried for long
+    pretrained = pretrained and not checkpoint
+    if pretrained:
+        try:  # the hub's client retries for a minute, unless told that it is offline
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
         except Exception:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
     with explaining(f"cannot load {name}, pass --no-pretrained or --checkpoint FILE"):
-        vit = timm.create_model(name, pretrained and not checkpoint, num_classes=0, img_size=img_size)
+        vit = timm.create_model(name, pretrained, num_classes=0, img_size=img_size)
     if checkpoint:
         vit = _trunk(vit)
         load_weights(vit, read_file(checkpoint), checkpoint)
@@ -529,15 +543,15 @@ def learning_rate(step, total, warmup, lr, min_lr):
 
 @torch.no_grad()
 def validation_mean(function, data, num_patches, args, process):
-    """Means of the scalars that function(images, masks) returns, over `data`, each image once, with
-    the same masks every time, each rank on its share -> list of floats."""
+    """Means of function(images, masks), a list of scalars, over `data` and all ranks: each image
+    once, with the same masks every time -> list of floats."""
     totals = np.zeros(1)
     batches = micro_batches(data, torch.arange(len(data)), num_patches, args, process, args.seed)
     for images, masks in batches:
-        with process.autocast():
+        with autocast(process):
             values = function(images, masks)
         totals = totals + len(images) * np.array([1.0, *map(float, values)])
-    count, *totals = process.sum(*totals)
+    count, *totals = sum_ranks(process, *totals)
     return [total / count for total in totals]
 
 
@@ -549,7 +563,7 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
         # Processes average their gradients once, during the backward pass of the last micro-batch.
         last = process.world == 1 or micro == args.accum - 1
         with contextlib.nullcontext() if last else model.no_sync():
-            with process.autocast():
+            with autocast(process):
                 prediction, target = model(images, masks), teacher(images, masks)
                 loss = reconstruction_loss(prediction, target, masks, args.loss) / args.accum
             scaler.scale(loss).backward()
@@ -562,36 +576,12 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
     return total
 
 
-def write_log(args, process, **entry):
-    """Appends a line to log.jsonl, and to wandb where that was asked for."""
-    if process.rank == 0:
-        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        if args.wandb:
-            import wandb
-            wandb.log(entry, step=entry["step"])
-
-
-def save(model, optimizer, scaler, teacher, args, step, val_loss, best):
-    """last.pt: all that is needed to go on; best.pt; and the aligned ViT alone, with timm's keys."""
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                 scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss,
-                 best=best, args=vars(args))
-    write_file(os.path.join(args.out, "last.pt"), state)
-    if val_loss == best:
-        write_file(os.path.join(args.out, "best.pt"), state)
-    encoder = {k.replace("fc_norm.", "norm."): v.contiguous()  # as with global_pool=""
-               for k, v in model.encoder.state_dict().items() if not k.startswith("head.")}
-    about = {"maskembed": json.dumps({k: getattr(args, k) for k in ("model", "softcap", "img_size")})}
-    write_file(os.path.join(args.out, "encoder.safetensors"), safetensors.torch.save(encoder, about))
-
-
 def train(model, teacher, train_set, val_set, args, process, saved=None):
-    """The whole run: updates, validation and checkpoints into args.out -> the last validation loss.
+    """The whole run: updates, validation, and into args.out log and checkpoints.
 
     args: from parse_args. saved: what read_file makes of the last.pt to go on from.
     """
-    window, num_patches = args.batch_size * args.accum * process.world, model.encoder.patch_embed.num_patches
+    window, num_patches = args.batch_size * args.accum * process.world, teacher.num_patches
     per_epoch = math.ceil(len(train_set) / window)
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     optimizer = torch.optim.AdamW(
@@ -620,10 +610,10 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
             running += update(parallel, teacher, batches, optimizer, scaler, args, process)
             bar.update(window)
             if step % args.log_every == 0 or step == (epoch + 1) * per_epoch:
-                loss = process.sum(float(running))[0] / process.world / (step - since)
+                loss = sum_ranks(process, float(running))[0] / process.world / (step - since)
                 speed = (step - since) * window / (time.perf_counter() - clock)
                 require(math.isfinite(loss), f"the loss is {loss} at step {step}: try a lower --lr")
-                write_log(args, process, step=step, epoch=epoch, loss=loss, lr=lr, images_per_s=speed)
+                write_log(args, process, step=step, epoch=epoch, loss=loss, lr=lr, speed=speed)
                 bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_loss:.4f}", lr=f"{lr:.1e}")
                 running, since, clock = 0.0, step, time.perf_counter()
         model.eval()
@@ -633,79 +623,95 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
         best = min(best, val_loss)
         write_log(args, process, step=step, epoch=epoch, val_loss=val_loss)
         if process.rank == 0:
-            save(model, optimizer, scaler, teacher, args, step, val_loss, best)
+            save(args, model, dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best,
+                scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss))
     bar.close()
-    return val_loss
+
+
+def write_log(args, process, **entry):
+    """Appends a line to log.jsonl, and to wandb where that was asked for."""
+    if process.rank == 0:
+        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if args.wandb:
+            import wandb
+            wandb.log(entry, step=entry["step"])
+
+
+def save(args, model, state):
+    """last.pt, all that is needed to go on; best.pt; and the aligned ViT alone, under timm's keys."""
+    state["args"] = vars(args)
+    write_file(os.path.join(args.out, "last.pt"), state)
+    if state["val_loss"] == state["best"]:
+        write_file(os.path.join(args.out, "best.pt"), state)
+    encoder = {k.replace("fc_norm.", "norm."): v.contiguous()  # its name with global_pool=""
+               for k, v in model.encoder.state_dict().items() if not k.startswith("head.")}
+    about = json.dumps({k: state["args"][k] for k in ("model", "softcap", "img_size")})
+    encoder = safetensors.torch.save(encoder, metadata={"maskembed": about})
+    write_file(os.path.join(args.out, "encoder.safetensors"), encoder)
 
 
 # ---- command line --------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, as for all bad input
-        raise InputError(message)
-
-
-def at_least(low, kind=int, high=math.inf):
-    """An argparse type: a finite number of a kind, in low..high."""
-    def number(text):
-        if not (low <= kind(text) <= high and kind(text) < math.inf):
-            raise ValueError
-        return kind(text)
-    number.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse: "invalid <this> value"
-    return number
-
-
 def parse_args(argv=None):
     """The settings of a run from command-line words -> argparse.Namespace. ValueError if bad."""
-    parser = Parser(description="MaskEmbed: locality alignment of a timm ViT (arXiv 2410.11087).",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_no, number, fraction = argparse.BooleanOptionalAction, at_least(0, float), at_least(0, float, 1)
+    parser = argparse.ArgumentParser(
+        description="MaskEmbed: locality alignment of a timm ViT (arXiv 2410.11087).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = functools.partial(require, False)  # one line, as for all bad input
+    yes_no = argparse.BooleanOptionalAction
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm ViT")
-    g.add_argument("--pretrained", default=True, action=yes_no, help="weights from the model hub")
+    g.add_argument("--pretrained", action=yes_no, default=True, help="weights from the model hub")
     g.add_argument("--checkpoint", metavar="FILE", help="load teacher and encoder from this file")
-    g.add_argument("--img-size", type=at_least(1), help="pixels, where not the model's own")
-    g.add_argument("--skip-blocks", type=at_least(0), default=1, help="last teacher blocks to drop")
-    g.add_argument("--prefix-only", default=False, action=yes_no, help="predict prefix tokens alone")
-    g.add_argument("--softcap", type=number, default=30.0, help="on the encoder's logits, 0 = off")
+    g.add_argument("--img-size", type=int, help="pixels, where not the model's own")
+    g.add_argument("--skip-blocks", type=int, default=1, help="last teacher blocks to drop")
+    g.add_argument("--prefix-only", action=yes_no, default=False, help="predict prefix tokens alone")
+    g.add_argument("--softcap", type=float, default=30.0, help="on the encoder's logits, 0 = off")
     g.add_argument("--head", default="linear", choices=["linear", "mlp"], help="encoder to decoder")
-    g.add_argument("--decoder-layers", type=at_least(1), default=2, help="blocks of the decoder")
-    g.add_argument("--decoder-width", type=at_least(1), help="channels, where not the encoder's")
-    g.add_argument("--freeze-encoder", default=False, action=yes_no, help="but final norm and head")
+    g.add_argument("--decoder-layers", type=int, default=2, help="blocks of the decoder")
+    g.add_argument("--decoder-width", type=int, help="channels, where not the encoder's")
+    g.add_argument("--freeze-encoder", action=yes_no, default=False, help="but final norm and head")
     g = parser.add_argument_group("masks and loss")
     g.add_argument("--mask-kind", default="uniform", choices=MASKS, help="distribution of m")
-    g.add_argument("--keep", type=fraction, default=0.5, help="visible share, if not uniform")
-    g.add_argument("--complement", default=True, action=yes_no, help="use the mask 1 - m as well")
-    g.add_argument("--full", default=True, action=yes_no, help="use the full mask as well")
+    g.add_argument("--keep", type=float, default=0.5, help="visible share, if not uniform")
+    g.add_argument("--complement", action=yes_no, default=True, help="use the mask 1 - m as well")
+    g.add_argument("--full", action=yes_no, default=True, help="use the full mask as well")
     g.add_argument("--loss", default="mse", choices=LOSSES, help="what is minimised")
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="PATH", help="folder or tar of images, torch/... or hfds/...; "
                    "without it, built-in images to try things out")
-    g.add_argument("--num-images", type=at_least(2), default=2000, help="number of built-in images")
-    g.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="per process")
+    g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
+    g.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="per process")
     g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
-    g.add_argument("--mixup", type=number, default=0.0, help="alpha, 0 = off")
-    g.add_argument("--cutmix", type=number, default=0.0, help="alpha, 0 = off")
+    g.add_argument("--mixup", type=float, default=0.0, help="alpha, 0 = off")
+    g.add_argument("--cutmix", type=float, default=0.0, help="alpha, 0 = off")
     g = parser.add_argument_group("training")
-    g.add_argument("--epochs", type=at_least(1), default=5, help="passes over the images")
-    g.add_argument("--batch-size", type=at_least(1), default=32, help="per process and micro-batch")
-    g.add_argument("--accum", type=at_least(1), default=1, help="micro-batches to an update")
-    g.add_argument("--lr", type=number, default=3e-4, help="highest learning rate")
-    g.add_argument("--min-lr", type=number, help="lowest learning rate; lr / 10 if left out")
-    g.add_argument("--warmup-epochs", type=at_least(0), default=0, help="epochs of rising lr")
-    g.add_argument("--weight-decay", type=number, default=0.01, help="AdamW's, on all parameters")
-    g.add_argument("--clip-grad", type=number, default=1.0, help="greatest norm of the gradient")
-    g.add_argument("--seed", type=at_least(0), default=0, help="of all that is random")
+    g.add_argument("--epochs", type=int, default=5, help="passes over the images")
+    g.add_argument("--batch-size", type=int, default=32, help="per process and micro-batch")
+    g.add_argument("--accum", type=int, default=1, help="micro-batches to an update")
+    g.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
+    g.add_argument("--min-lr", type=float, help="lowest learning rate; lr / 10 if left out")
+    g.add_argument("--warmup-epochs", type=int, default=0, help="epochs of rising lr")
+    g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all parameters")
+    g.add_argument("--clip-grad", type=float, default=1.0, help="greatest norm of the gradient")
+    g.add_argument("--seed", type=int, default=0, help="of all that is random")
     g = parser.add_argument_group("run")
     g.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
                    help="of matrix products")
     g.add_argument("--compile", action=yes_no, help="torch.compile; on cuda if left out")
     g.add_argument("--out", metavar="DIR", help="output folder; output/MODEL if left out")
-    g.add_argument("--resume", default=False, action=yes_no, help="go on from DIR/last.pt, if any")
-    g.add_argument("--log-every", type=at_least(1), default=20, help="updates from log to log")
+    g.add_argument("--resume", action=yes_no, default=False, help="go on from DIR/last.pt, if any")
+    g.add_argument("--log-every", type=int, default=20, help="updates from log to log")
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     args = parser.parse_args(argv)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", re.sub(r"[^\w.-]", "_", args.model))
+    positive = ("img_size", "decoder_width", "num_images", "epochs", "batch_size", "accum", "log_every")
+    for name, value in vars(args).items():
+        low, high = int(name in positive), 1 if name == "keep" else math.inf
+        require(not isinstance(value, (int, float)) or low <= value <= high and value < math.inf,
+                f"--{name.replace('_', '-')} {value}: must be {low} to {high}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
     require(args.warmup_epochs < args.epochs, "--warmup-epochs must be fewer than --epochs")
     require(not (args.mixup or args.cutmix) or args.batch_size % 2 == 0,
@@ -713,86 +719,67 @@ def parse_args(argv=None):
     return args
 
 
-def describe_weights(vit, args):
-    """Which weights were really loaded; a bare timm name can stand for others than the paper's."""
-    tag, name = vit.pretrained_cfg.get("tag") or "", args.model.split(".")[0]
-    if args.checkpoint or not args.pretrained:
-        return f"{name}, {args.checkpoint or 'random weights'}"
-    trap = "." not in args.model and re.search(r"_ft_|^v2|augreg2", tag)
-    return f"{name}.{tag}" + " (a bare name: fine-tuned or newer weights than the paper's)" * bool(trap)
-
-
-def open_sets(vit, args, window):
-    """Training and validation Images for a ViT: its size, its mean and std, the paper's crops."""
-    size, config = vit.patch_embed.img_size, resolve_model_data_config(vit)
-    transform = functools.partial(create_transform, size, mean=config["mean"], std=config["std"])
-    augment = transform(
-        is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3), hflip=0.5,
-        color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
-    plain = transform(interpolation=config["interpolation"], crop_pct=config["crop_pct"])
-    train_pair, val_pair = open_images(args.data, args.num_images, max(size), args.seed, window)
-    require(len(train_pair[1]) >= window, f"{len(train_pair[1])} training images are fewer than a "
-            f"global batch of {window} (processes x --batch-size x --accum)")
-    mix = Mixup(args.mixup, args.cutmix, num_classes=1) if args.mixup or args.cutmix else None
-    return Images(*train_pair, augment, args.seed, mix), Images(*val_pair, plain, args.seed)
-
-
 def run(args):
-    """One run, from settings to the last checkpoint."""
+    """One run, from its settings to the last checkpoint."""
     process = start_process(args.dtype)
-    say = print if process.rank == 0 else lambda *_: None
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     last, window = os.path.join(args.out, "last.pt"), args.batch_size * args.accum * process.world
     require(args.resume or not os.path.exists(last), f"{args.out} holds a run: --resume goes on with "
             "it, --out names another folder")
     saved = read_file(last) if os.path.exists(last) else None
-
     vit = load_vit(args.model, args.pretrained, args.img_size, args.checkpoint)
     teacher = Teacher(vit, args.skip_blocks, args.prefix_only).to(process.device)
     model = MaskEmbed(vit, args.softcap, args.head, args.decoder_layers, args.decoder_width,
                       args.prefix_only).to(process.device)
     if args.freeze_encoder:
-        model.encoder.requires_grad_(False)
-        for name in ("norm", "fc_norm", "head"):  # fresh, they have learned nothing yet
-            getattr(model.encoder, name).requires_grad_(True)
-    train_set, val_set = open_sets(vit, args, window)
+        for name, parameter in model.encoder.named_parameters():  # the fresh parts still learn
+            parameter.requires_grad_(name.startswith(("norm.", "fc_norm.", "head.")))
+    train_set, val_set = open_images(args, vit, window)
     if process.rank == 0:
         with explaining(f"cannot write to --out {args.out}"):
             os.makedirs(args.out, exist_ok=True)
-            write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=2).encode())
-    if args.compile or (args.compile is None and process.device.type == "cuda"):
+            write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
+    if args.compile or args.compile is None and process.device.type == "cuda":
         teacher.compile()
         model.compile()
-
-    num_patches, masks = vit.patch_embed.num_patches, 1 + args.complement + args.full
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = math.ceil(len(train_set) / window)
-    say(f"model    {describe_weights(vit, args)}; {parameters / 1e6:.1f} M trained parameters")
-    say(f"input    {vit.patch_embed.img_size} pixels, patches of {vit.patch_embed.patch_size}: "
-        f"N = {num_patches} patches, P = {vit.num_prefix_tokens} prefix tokens, K = {masks} masks")
-    say(f"data     {args.data or 'built-in letters, which are for trying things out'}: "
-        f"{len(train_set)} images, {len(val_set)} held out")
-    say(f"training {args.epochs} epochs of {steps} steps, global batch {process.world} x "
-        f"{args.batch_size} x {args.accum} = {window}, lr {args.lr} to {args.min_lr}")
-    say(f"device   {process.world} x {process.device}, {process.dtype}")
     if saved:
         with explaining(f"{last} does not fit this run"):
             model.load_state_dict(saved["model"])
             teacher.scale.fill_(saved["scale"])
     elif args.loss == "mse":
         def moments(images, masks):
-            targets = teacher(images, masks).float()
-            return targets.mean(), targets.square().mean()
-        mean, square = validation_mean(moments, val_set, num_patches, args, process)
+            target = teacher(images, masks).float()
+            return [target.mean(), target.square().mean()]
+        mean, square = validation_mean(moments, val_set, teacher.num_patches, args, process)
         teacher.scale.fill_((square - mean ** 2) ** -0.5)
-    say(f"target   scale s = {teacher.scale.item():.4f}")
+    if process.rank == 0:
+        describe(args, process, vit, model, teacher, train_set, val_set, window)
     if args.wandb and process.rank == 0:
         import wandb
         wandb.init(project=args.wandb, config=vars(args), dir=args.out)
     train(model, teacher, train_set, val_set, args, process, saved)
     if process.world > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
+
+
+def describe(args, process, vit, model, teacher, train_set, val_set, window):
+    """Prints what is going to happen."""
+    name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag")
+    weights = args.checkpoint or (f"weights {tag}" if args.pretrained else "random weights")
+    if args.pretrained and "." not in args.model and re.search("_ft_|^v2|augreg2", tag or ""):
+        weights += " (what the bare name stands for: fine-tuned or newer than the paper's)"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"model    {name}, {weights}; {trained:,} trained parameters\n"
+          f"input    {vit.patch_embed.img_size} pixels, patches of {vit.patch_embed.patch_size}: N = "
+          f"{teacher.num_patches} patches, P = {vit.num_prefix_tokens} prefix tokens, "
+          f"K = {1 + args.complement + args.full} masks\n"
+          f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} to "
+          f"train on, {len(val_set)} held out\n"
+          f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, lr {args.lr:g} "
+          f"to {args.min_lr:g}, global batch {process.world} processes x {args.batch_size} x "
+          f"{args.accum} = {window} images\n"
+          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale.item():.4f}")
 
 
 def main(argv=None):
