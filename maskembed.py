@@ -22,8 +22,8 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     python maskembed.py --model vit_base_patch16_clip_224.openai --data DIR  # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
-import argparse, collections, contextlib, copy, difflib, functools, itertools, json, math, os, random
-import re, sys, time, zlib
+import argparse, collections, contextlib, copy, difflib, functools, json, math, os, random, re, sys
+import time, zlib
 
 import huggingface_hub
 import numpy as np
@@ -51,17 +51,6 @@ def require(condition, message):
     """Raises InputError(message) unless the condition holds."""
     if not condition:
         raise InputError(message)
-
-
-@contextlib.contextmanager
-def explaining(what):
-    """Turns whatever fails inside into an InputError that begins with `what`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -139,9 +128,9 @@ def _check_batch(images, masks, num_patches):
 # ---- teacher -------------------------------------------------------------------------------------
 def _trunk(vit, prefix_only=False):
     """A copy of a timm ViT without pooling and head: all tokens come out, every weight is used."""
-    require(isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
-            and isinstance(vit.patch_embed, PatchEmbed), f"{type(vit).__name__} has no patch tokens to "
-            "align: choose a timm VisionTransformer, Beit or Eva, as vit_base_patch16_224 is one")
+    plain = isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
+    require(plain and isinstance(vit.patch_embed, PatchEmbed), f"{type(vit).__name__} has no patch "
+            "tokens to align: choose one of timm's VisionTransformer, Beit or Eva models")
     require(vit.num_prefix_tokens or not prefix_only, "prefix_only: this ViT has no prefix tokens")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
@@ -162,8 +151,8 @@ class Teacher(nn.Module):
         self.vit = _trunk(vit, prefix_only).requires_grad_(False)
         self.targets = slice(vit.num_prefix_tokens if prefix_only else None)
         kept = len(vit.blocks) - skip_blocks
-        require(0 < kept <= len(vit.blocks), f"skip_blocks {skip_blocks} of {len(vit.blocks)} blocks: "
-                "choose 0 or more, fewer than all")
+        require(0 < kept <= len(vit.blocks), f"skip_blocks {skip_blocks} of "
+                f"{len(vit.blocks)} blocks: choose 0 or more, fewer than all")
         self.vit.blocks = self.vit.blocks[:kept]
         # forward() masks the patch embeddings; what is left of the ViT starts from those.
         self.patch_embed, self.vit.patch_embed = self.vit.patch_embed, nn.Identity()
@@ -184,7 +173,7 @@ class Teacher(nn.Module):
         blank = self.patch_embed(torch.zeros_like(images[:1]))
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
         x = torch.where(visible, x[:, None], blank).flatten(0, 1)  # (B * K, N, D)
-        tokens = self.vit.fc_norm(self.vit.forward_features(x))  # (B * K, T, D); one norm is Identity
+        tokens = self.vit.fc_norm(self.vit.forward_features(x))  # its final norm is one of two
         tokens = tokens.unflatten(0, masks.shape[:2])  # (B, K, T, D)
         return tokens[:, :, self.targets] * self.scale
 
@@ -299,12 +288,22 @@ def draw_letters(index, size=48, seed=0):
     image = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((size, size), Image.BICUBIC)
     cell, font = max(1, size // 3), ImageFont.load_default(size=max(1, 0.36 * size))
     for place in rng.sample(range(9), rng.randint(1, 4)):
-        glyph = Image.new("L", (cell, cell))
-        middle = (cell / 2, cell / 2)
+        glyph, middle = Image.new("L", (cell, cell)), (cell / 2, cell / 2)
         ImageDraw.Draw(glyph).text(middle, rng.choice(LETTERS), 255, font, anchor="mm")
         glyph = glyph.rotate(rng.uniform(-15, 15), Image.BICUBIC)
         image.paste(tuple(rng.randbytes(3)), (place % 3 * cell, place // 3 * cell), glyph)
     return image
+
+
+@contextlib.contextmanager
+def explaining(what):
+    """Turns whatever fails inside into an InputError that begins with `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_image(data, index):
@@ -329,7 +328,7 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, read, indices, transform, seed=0, mix=None):
         self.read, self.indices, self.transform = read, indices, transform
-        self.seed, self.mix, self.epoch = seed, mix, 0
+        self.seed, self.mix, self.epoch, self.named = seed, mix, 0, set()
 
     def __len__(self):
         return len(self.indices)
@@ -347,30 +346,34 @@ class Images(torch.utils.data.Dataset):
 
 
 def open_images(args, vit, window):
-    """What args.data names, as Images to train on and to validate on, sized and normed for `vit`.
+    """args.data, or built-in images, as Images to train on and to validate on, made for `vit`.
 
-    A folder or tar, a timm data set that can be indexed (torch/..., hfds/...), or None: built-in
-    images. Where there is no val/ one image in a hundred is held out, `window` at least, half at
-    most, the same ones every time. Raises ValueError where fewer than `window` are left to train on.
+    Where there is no val/ one image in a hundred is held out, at least `window`, at most half, the
+    same ones every time. ValueError where fewer than `window` images are left to train on.
     """
     path, size, config = args.data, vit.patch_embed.img_size, resolve_model_data_config(vit)
-    reads, counts = [functools.partial(draw_letters, size=max(size), seed=args.seed)], [args.num_images]
-    if path:
-        found, library = os.path.exists(path), path.startswith(("torch/", "hfds/"))
-        require(found or library, f"--data {path}: no such folder or tar, and no timm data set that "
-                "can be indexed (torch/..., hfds/...)")
+    splits, found = ["train"], path and os.path.exists(path)
+    if path is None:
+        count = args.num_images
+        read = functools.partial(draw_letters, size=max(size), seed=args.seed)
+    else:
+        require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or "
+                "tar, and of timm's data sets only torch/... and hfds/... can be indexed")
         root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
-        val = any(os.path.isdir(os.path.join(path, name)) for name in ("val", "validation"))
-        with explaining(f"--data {path}"):  # timm itself looks for the folders train/ and val/
+        if any(os.path.isdir(os.path.join(path, name)) for name in ("val", "validation")):
+            splits.append("validation")  # timm itself finds the folders of these two
+        with explaining(f"--data {path}"):
             sets = [create_dataset("" if found else path, root, split, download=not found)
-                    for split in ("train", "validation")[:1 + val]]
-        reads, counts = [functools.partial(read_image, s) for s in sets], [len(s) for s in sets]
-    indices = [np.arange(count) for count in counts]
-    if len(indices) == 1:
-        held_out = min(max(counts[0] // 100, window), counts[0] // 2)
-        val = indices[0][:held_out] * counts[0] // max(1, held_out)  # evenly spread
-        reads, indices = reads * 2, [np.delete(indices[0], val), val]
-    require(len(indices[0]) >= window, f"{len(indices[0])} images to train on are fewer than a global "
+                    for split in splits]
+        read, count = functools.partial(read_image, sets[0]), len(sets[0])
+    indices = np.arange(count)
+    if len(splits) == 2:
+        read_val, val = functools.partial(read_image, sets[1]), np.arange(len(sets[1]))
+    else:
+        held_out = min(max(count // 100, window), count // 2)
+        read_val, val = read, indices[:held_out] * count // max(1, held_out)  # evenly spread
+        indices = np.delete(indices, val)
+    require(len(indices) >= window, f"{len(indices)} images to train on are fewer than a global "
             f"batch of {window} (processes x --batch-size x --accum)")
     transform = functools.partial(create_transform, size, mean=config["mean"], std=config["std"])
     augment = transform(
@@ -378,70 +381,67 @@ def open_images(args, vit, window):
         color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
     plain = transform(interpolation=config["interpolation"], crop_pct=config["crop_pct"])
     mix = Mixup(args.mixup, args.cutmix, num_classes=1) if args.mixup or args.cutmix else None
-    return (Images(reads[0], indices[0], augment, args.seed, mix),
-            Images(reads[1], indices[1], plain, args.seed))
+    require(not mix or args.batch_size % 2 == 0, "--mixup and --cutmix need an even --batch-size")
+    return Images(read, indices, augment, args.seed, mix), Images(read_val, val, plain, args.seed)
 
 
-def micro_batches(data, order, num_patches, args, process, *key, named=set()):
+def micro_batches(data, order, num_patches, args, process, *key):
     """Yields this rank's (images (b, 3, H, W), masks (b, K, N)), on the device, as `order` says.
 
-    Each batch_size * accum * world images in a row are one update's. Masks are drawn for all of
-    them, from `key` and their place, so they do not depend on who computes what. Where the last
-    images are fewer, so are a rank's, down to none. ValueError when most of a batch is broken.
+    Each batch_size * accum * world images in a row are one update's. Their masks come from `key`
+    and their place, so it does not matter who computes what. Where the last images are fewer, so
+    are a rank's, down to none. ValueError when most of a batch is broken.
     """
     window = args.batch_size * args.accum * process.world
-    mine = [w[process.rank::process.world].split(args.batch_size) for w in order.split(window)]
+    shares = [images[process.rank::process.world] for images in order.split(window)]
+    shares = [share for share in shares if len(share)]
     loader = iter(torch.utils.data.DataLoader(
-        data, batch_sampler=(part.tolist() for parts in mine for part in parts if len(part)),
+        data, batch_sampler=(b.tolist() for share in shares for b in share.split(args.batch_size)),
         num_workers=args.workers, pin_memory=process.device.type == "cuda"))
-    for place, parts in enumerate(mine):
+    for place, share in enumerate(shares):
         generator = torch.Generator(process.device).manual_seed(seed_of(*key, place))
         masks = sample_masks(window, num_patches, args.mask_kind, args.keep, args.complement,
-                             args.full, generator)[process.rank::process.world]
-        for images, problems in itertools.islice(loader, sum(len(part) > 0 for part in parts)):
+                             args.full, generator)[process.rank::process.world][:len(share)]
+        for m in masks.split(args.batch_size):
+            images, problems = next(loader)
             broken = [problem for problem in problems if problem]
-            for problem in set(broken) - named:
+            for problem in set(broken) - data.named:
                 tqdm.write(f"skipped {problem}", file=sys.stderr)
-            named.update(broken)
+            data.named.update(broken)
             require(2 * len(broken) <= len(images), f"most of a batch is broken: {broken[:1]}")
             if data.mix:
                 np.random.seed(seed_of(*key, place, process.rank))
                 images, _ = data.mix(images, torch.zeros(len(images), dtype=torch.long))
-            m, masks = masks[:len(images)], masks[len(images):]
             yield images.to(process.device, non_blocking=True), m
 
 
 # ---- processes and device ------------------------------------------------------------------------
-Process = collections.namedtuple("Process", "rank world device dtype")
+Process = collections.namedtuple("Process", "rank world device dtype autocast")
 
 
 def start_process(dtype="auto"):
     """Joins the others where torchrun started this process; finds cuda, else mps, else the cpu.
 
     dtype "auto": bfloat16 where the device computes in it, else float16 on cuda, else float32.
-    Returns Process(rank, world: how many, device, dtype: of matrix products).
+    Returns Process(rank, world: how many, device, dtype, autocast: context of matrix products).
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and world == 1
-    device = torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    if cuda:
+    device, bf16 = torch.device("cpu"), getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        bf16 = not mps and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    elif torch.backends.mps.is_available() and world == 1:
+        device, bf16 = torch.device("mps"), False
+    cuda = device.type == "cuda"
     require(dtype != "float16" or cuda, "--dtype float16 needs a CUDA device")
     if dtype == "auto":
         dtype = "bfloat16" if bf16 else "float16" if cuda else "float32"
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    return Process(rank, world, device, getattr(torch, dtype))
-
-
-def autocast(process):
-    """The context in which matrices multiply in process.dtype."""
-    kind = "cuda" if process.device.type == "cuda" else "cpu"  # mps computes in float32
-    return torch.autocast(kind, process.dtype, enabled=process.dtype != torch.float32)
+    autocast = functools.partial(torch.autocast, "cuda" if cuda else "cpu", getattr(torch, dtype),
+                                 enabled=dtype != "float32")
+    return Process(rank, world, device, getattr(torch, dtype), autocast)
 
 
 def sum_ranks(process, *values):
@@ -507,6 +507,7 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
             huggingface_hub.constants.HF_HUB_OFFLINE = True
     with explaining(f"cannot load {name}, pass --no-pretrained or --checkpoint FILE"):
         vit = timm.create_model(name, pretrained, num_classes=0, img_size=img_size)
+    require(vit.patch_embed.num_patches, f"--img-size {img_size} is less than a patch of {name}")
     if checkpoint:
         vit = _trunk(vit)
         load_weights(vit, read_file(checkpoint), checkpoint)
@@ -546,9 +547,9 @@ def validation_mean(function, data, num_patches, args, process):
     """Means of function(images, masks), a list of scalars, over `data` and all ranks: each image
     once, with the same masks every time -> list of floats."""
     totals = np.zeros(1)
-    batches = micro_batches(data, torch.arange(len(data)), num_patches, args, process, args.seed)
-    for images, masks in batches:
-        with autocast(process):
+    for images, masks in micro_batches(data, torch.arange(len(data)), num_patches, args, process,
+                                       args.seed):
+        with process.autocast():
             values = function(images, masks)
         totals = totals + len(images) * np.array([1.0, *map(float, values)])
     count, *totals = sum_ranks(process, *totals)
@@ -563,7 +564,7 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
         # Processes average their gradients once, during the backward pass of the last micro-batch.
         last = process.world == 1 or micro == args.accum - 1
         with contextlib.nullcontext() if last else model.no_sync():
-            with autocast(process):
+            with process.autocast():
                 prediction, target = model(images, masks), teacher(images, masks)
                 loss = reconstruction_loss(prediction, target, masks, args.loss) / args.accum
             scaler.scale(loss).backward()
@@ -640,7 +641,7 @@ def write_log(args, process, **entry):
 
 
 def save(args, model, state):
-    """last.pt, all that is needed to go on; best.pt; and the aligned ViT alone, under timm's keys."""
+    """last.pt, all that is needed to go on; best.pt; the aligned ViT alone, under timm's keys."""
     state["args"] = vars(args)
     write_file(os.path.join(args.out, "last.pt"), state)
     if state["val_loss"] == state["best"]:
@@ -655,9 +656,8 @@ def save(args, model, state):
 # ---- command line --------------------------------------------------------------------------------
 def parse_args(argv=None):
     """The settings of a run from command-line words -> argparse.Namespace. ValueError if bad."""
-    parser = argparse.ArgumentParser(
-        description="MaskEmbed: locality alignment of a timm ViT (arXiv 2410.11087).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Locality alignment of a timm ViT, 2410.11087",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)  # one line, as for all bad input
     yes_no = argparse.BooleanOptionalAction
     g = parser.add_argument_group("model")
@@ -666,7 +666,7 @@ def parse_args(argv=None):
     g.add_argument("--checkpoint", metavar="FILE", help="load teacher and encoder from this file")
     g.add_argument("--img-size", type=int, help="pixels, where not the model's own")
     g.add_argument("--skip-blocks", type=int, default=1, help="last teacher blocks to drop")
-    g.add_argument("--prefix-only", action=yes_no, default=False, help="predict prefix tokens alone")
+    g.add_argument("--prefix-only", action=yes_no, default=False, help="predict these alone")
     g.add_argument("--softcap", type=float, default=30.0, help="on the encoder's logits, 0 = off")
     g.add_argument("--head", default="linear", choices=["linear", "mlp"], help="encoder to decoder")
     g.add_argument("--decoder-layers", type=int, default=2, help="blocks of the decoder")
@@ -679,8 +679,7 @@ def parse_args(argv=None):
     g.add_argument("--full", action=yes_no, default=True, help="use the full mask as well")
     g.add_argument("--loss", default="mse", choices=LOSSES, help="what is minimised")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="PATH", help="folder or tar of images, torch/... or hfds/...; "
-                   "without it, built-in images to try things out")
+    g.add_argument("--data", metavar="PATH", help="folder, tar, torch/..., hfds/...; or built-in")
     g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="per process")
     g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
@@ -707,15 +706,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", re.sub(r"[^\w.-]", "_", args.model))
-    positive = ("img_size", "decoder_width", "num_images", "epochs", "batch_size", "accum", "log_every")
+    positive = "img_size decoder_layers decoder_width num_images epochs batch_size accum log_every"
     for name, value in vars(args).items():
-        low, high = int(name in positive), 1 if name == "keep" else math.inf
-        require(not isinstance(value, (int, float)) or low <= value <= high and value < math.inf,
-                f"--{name.replace('_', '-')} {value}: must be {low} to {high}")
+        low, high = int(name in positive.split()), 1 if name == "keep" else sys.float_info.max
+        require(not isinstance(value, (int, float)) or low <= value <= high,
+                f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
     require(args.warmup_epochs < args.epochs, "--warmup-epochs must be fewer than --epochs")
-    require(not (args.mixup or args.cutmix) or args.batch_size % 2 == 0,
-            "--mixup and --cutmix pair images: choose an even --batch-size")
     return args
 
 
@@ -725,21 +722,22 @@ def run(args):
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     last, window = os.path.join(args.out, "last.pt"), args.batch_size * args.accum * process.world
-    require(args.resume or not os.path.exists(last), f"{args.out} holds a run: --resume goes on with "
-            "it, --out names another folder")
+    require(args.resume or not os.path.exists(last), f"{args.out} holds a run: pass --resume to go "
+            "on with it, or another --out")
     saved = read_file(last) if os.path.exists(last) else None
     vit = load_vit(args.model, args.pretrained, args.img_size, args.checkpoint)
     teacher = Teacher(vit, args.skip_blocks, args.prefix_only).to(process.device)
     model = MaskEmbed(vit, args.softcap, args.head, args.decoder_layers, args.decoder_width,
                       args.prefix_only).to(process.device)
     if args.freeze_encoder:
-        for name, parameter in model.encoder.named_parameters():  # the fresh parts still learn
+        for name, parameter in model.encoder.named_parameters():  # what is fresh still learns
             parameter.requires_grad_(name.startswith(("norm.", "fc_norm.", "head.")))
     train_set, val_set = open_images(args, vit, window)
     if process.rank == 0:
         with explaining(f"cannot write to --out {args.out}"):
             os.makedirs(args.out, exist_ok=True)
-            write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
+            settings = json.dumps(vars(args), indent=1).encode()
+            write_file(os.path.join(args.out, "args.json"), settings)
     if args.compile or args.compile is None and process.device.type == "cuda":
         teacher.compile()
         model.compile()
@@ -748,38 +746,33 @@ def run(args):
             model.load_state_dict(saved["model"])
             teacher.scale.fill_(saved["scale"])
     elif args.loss == "mse":
-        def moments(images, masks):
-            target = teacher(images, masks).float()
-            return [target.mean(), target.square().mean()]
-        mean, square = validation_mean(moments, val_set, teacher.num_patches, args, process)
+        mean, square = validation_mean(
+            lambda x, m: [(target := teacher(x, m).float()).mean(), target.square().mean()],
+            val_set, teacher.num_patches, args, process)
         teacher.scale.fill_((square - mean ** 2) ** -0.5)
     if process.rank == 0:
-        describe(args, process, vit, model, teacher, train_set, val_set, window)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag") or "untagged"
+        weights = args.checkpoint or (tag if args.pretrained else "random weights")
+        if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2", tag):
+            weights += " (NOT the paper's: fine-tuned or newer; a name with a tag is clear)"
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        pixels, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
+        print(f"model    {name}, {weights}; {trained:,} trained parameters")
+        print(f"input    {pixels} pixels, patches of {patch}: N = {teacher.num_patches}, P = "
+              f"{vit.num_prefix_tokens} prefix tokens, K = {1 + args.complement + args.full} masks")
+        print(f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} "
+              f"to train on, {len(val_set)} held out")
+        print(f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, lr "
+              f"{args.lr:g} to {args.min_lr:g}, global batch {window} ({process.world} processes x "
+              f"{args.batch_size} images x {args.accum})")
+        print(f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}")
     if args.wandb and process.rank == 0:
         import wandb
         wandb.init(project=args.wandb, config=vars(args), dir=args.out)
     train(model, teacher, train_set, val_set, args, process, saved)
     if process.world > 1:
         torch.distributed.destroy_process_group()
-
-
-def describe(args, process, vit, model, teacher, train_set, val_set, window):
-    """Prints what is going to happen."""
-    name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag")
-    weights = args.checkpoint or (f"weights {tag}" if args.pretrained else "random weights")
-    if args.pretrained and "." not in args.model and re.search("_ft_|^v2|augreg2", tag or ""):
-        weights += " (what the bare name stands for: fine-tuned or newer than the paper's)"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model    {name}, {weights}; {trained:,} trained parameters\n"
-          f"input    {vit.patch_embed.img_size} pixels, patches of {vit.patch_embed.patch_size}: N = "
-          f"{teacher.num_patches} patches, P = {vit.num_prefix_tokens} prefix tokens, "
-          f"K = {1 + args.complement + args.full} masks\n"
-          f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} to "
-          f"train on, {len(val_set)} held out\n"
-          f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, lr {args.lr:g} "
-          f"to {args.min_lr:g}, global batch {process.world} processes x {args.batch_size} x "
-          f"{args.accum} = {window} images\n"
-          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale.item():.4f}")
 
 
 def main(argv=None):
