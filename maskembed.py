@@ -16,7 +16,7 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     f      Teacher            (B, K, T, D)
     g      MaskEmbed.encoder  (B, T, W)     A mask is 1 where a patch is visible and 0 where it is
     h      MaskEmbed.decoder  (B, K, T, D)  hidden, and `keep` is the visible share, everywhere.
-    s      Teacher.scale      ()
+    s      Teacher.scale      scalar        s = 1 / standard deviation of the targets
 
     python maskembed.py --model test_vit --no-pretrained                     # a look, on a laptop
     python maskembed.py --model vit_base_patch16_clip_224.openai --data DIR  # one GPU
@@ -89,7 +89,7 @@ def _rectangles(batch_size, num_patches, keep, rand, count=32):
     columns = num_patches // rows  # a square where N is one
     largest = keep * num_patches
     smallest = min(16, largest)
-    u = rand(4, batch_size, count, 1)
+    u = rand(4, batch_size, count, 1)  # area, aspect ratio, top, left of every rectangle
     area, aspect = smallest + (largest - smallest) * u[0], 0.3 ** (2 * u[1] - 1)
     height = (area * aspect).sqrt().round().clamp(1, rows)
     width = (area / aspect).sqrt().round().clamp(1, columns)
@@ -97,10 +97,10 @@ def _rectangles(batch_size, num_patches, keep, rand, count=32):
     index = torch.arange(num_patches, device=u.device)
     y, x = index // columns - top, index % columns - left  # (B, count, N): place in each rectangle
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    turn = torch.arange(count, device=u.device)[:, None]
+    turn = torch.arange(count, device=u.device)[:, None]  # (count, 1)
     first = torch.where(inside, turn, count).amin(dim=1)  # (B, N): the turn that shows each patch
-    order = first * num_patches + index
-    return order.argsort(dim=1).argsort(dim=1) < math.ceil(largest - 1e-6)
+    place = (first * num_patches + index).argsort(dim=1).argsort(dim=1)  # in order of appearance
+    return place < math.ceil(largest - 1e-6)  # 1e-6: 0.7 * 10 is a little over 7
 
 
 def mask_pixels(images, masks, patch_size):
@@ -118,22 +118,25 @@ def mask_pixels(images, masks, patch_size):
     return images[:, None] * pixels[:, :, None]
 
 
-def _check_batch(images, masks, num_patches):
-    fits = images.ndim == 4 and images.is_floating_point() and len(images) > 0 and masks.ndim == 3
-    require(fits and (len(images), num_patches) == (len(masks), masks.shape[2]),
-            f"need float images (B, C, H, W) and masks (B, K, {num_patches}) with B > 0, "
-            f"got {tuple(images.shape)} {images.dtype} and {tuple(masks.shape)}")
+def _check_batch(images, masks, num_patches, shape=("C", "H", "W")):
+    fits = masks.ndim == 3 and (len(images), num_patches) == (len(masks), masks.shape[2])
+    fits = fits and images.ndim == 4 and (shape[0] == "C" or tuple(images.shape[1:]) == shape)
+    kinds = images.is_floating_point() and masks.is_floating_point()
+    require(fits and kinds and len(images) > 0, f"need float images {('B', *shape)} and masks "
+            f"(B, K, {num_patches}), B > 0; got {tuple(images.shape)} {images.dtype} and "
+            f"{tuple(masks.shape)} {masks.dtype}")
 
 
 # ---- teacher -------------------------------------------------------------------------------------
 def _trunk(vit, prefix_only=False):
     """A copy of a timm ViT without pooling and head: all tokens come out, every weight is used."""
     plain = isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
-    require(plain and isinstance(vit.patch_embed, PatchEmbed), f"{type(vit).__name__} has no patch "
-            "tokens to align: choose one of timm's VisionTransformer, Beit or Eva models")
+    require(plain and isinstance(vit.patch_embed, PatchEmbed), f"this {type(vit).__name__} is no "
+            "plain ViT with patch tokens: choose a timm VisionTransformer, Beit or Eva")
     require(vit.num_prefix_tokens or not prefix_only, "prefix_only: this ViT has no prefix tokens")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
+    vit.attn_pool = None
     return vit
 
 
@@ -149,15 +152,16 @@ class Teacher(nn.Module):
     def __init__(self, vit, skip_blocks=1, prefix_only=False):
         super().__init__()
         self.vit = _trunk(vit, prefix_only).requires_grad_(False)
-        self.targets = slice(vit.num_prefix_tokens if prefix_only else None)
+        self.predicted = slice(0, vit.num_prefix_tokens if prefix_only else None)  # which tokens
         kept = len(vit.blocks) - skip_blocks
         require(0 < kept <= len(vit.blocks), f"skip_blocks {skip_blocks} of "
                 f"{len(vit.blocks)} blocks: choose 0 or more, fewer than all")
         self.vit.blocks = self.vit.blocks[:kept]
-        # forward() masks the patch embeddings; what is left of the ViT starts from those.
+        # forward() embeds and masks the patches; what is left of the ViT starts from there. (Its
+        # _pos_embed still reads grid_size, where the model has dynamic_img_size.)
         self.patch_embed, self.vit.patch_embed = self.vit.patch_embed, nn.Identity()
+        self.vit.patch_embed.grid_size = self.patch_embed.grid_size
         self.num_patches = self.patch_embed.num_patches
-        self.vit.patch_embed.grid_size = self.patch_embed.grid_size  # read if dynamic_img_size
         self.register_buffer("scale", torch.ones(()))
         self.train()
 
@@ -166,23 +170,23 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, masks):
-        _check_batch(images, masks, self.num_patches)
+        shape = (self.patch_embed.proj.in_channels, *self.patch_embed.img_size)
+        _check_batch(images, masks, self.num_patches, shape)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
         # image once and put a blank patch's embedding where the mask is 0. Equal to mask_pixels.
         x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
         blank = self.patch_embed(torch.zeros_like(images[:1]))
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
         x = torch.where(visible, x[:, None], blank).flatten(0, 1)  # (B * K, N, D)
-        tokens = self.vit.fc_norm(self.vit.forward_features(x))  # its final norm is one of two
-        tokens = tokens.unflatten(0, masks.shape[:2])  # (B, K, T, D)
-        return tokens[:, :, self.targets] * self.scale
+        x = self.vit.fc_norm(self.vit.forward_features(x))  # (B * K, T, D); norm is in either place
+        return x.unflatten(0, masks.shape[:2])[:, :, self.predicted].mul_(self.scale)
 
 
 # ---- encoder and decoder -------------------------------------------------------------------------
 class SoftcapAttention(Attention):
     """timm's Attention with its logits a replaced by c tanh(a / c), c = self.softcap."""
 
-    def forward(self, x, **_):  # timm's versions pass different keywords, all of them None here
+    def forward(self, x, **_):  # timm's attn_mask and is_causal: never set here
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         a = (self.q_norm(q) * (self.scale / self.softcap)) @ self.k_norm(k).mT  # (B, heads, T, T)
         a = self.attn_drop((self.softcap * a.tanh()).softmax(dim=-1))
@@ -231,27 +235,30 @@ class MaskEmbed(nn.Module):
         require(head in ("linear", "mlp"), f"unknown head {head!r}: choose linear or mlp")
         require(decoder_layers > 0, f"decoder_layers must be 1 or more, not {decoder_layers}")
         self.encoder = encoder = _trunk(vit, prefix_only).requires_grad_(True).train()
-        self.targets = slice(vit.num_prefix_tokens if prefix_only else None)
+        self.predicted = slice(0, vit.num_prefix_tokens if prefix_only else None)
         for block in encoder.blocks if softcap else ():
             known = type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
             require(known, f"no soft cap for {type(vit).__name__}'s attention: choose softcap 0")
-            block.attn.__class__, block.attn.softcap = SoftcapAttention, softcap  # keys stay timm's
+            block.attn.__class__ = SoftcapAttention  # the same weights and keys, another forward
+            block.attn.softcap = softcap
         for name in ("norm", "fc_norm"):
             if not isinstance(getattr(encoder, name), nn.Identity):
                 setattr(encoder, name, nn.LayerNorm(vit.embed_dim, eps=1e-5))
         dim, width, mlp = vit.embed_dim, decoder_width or vit.embed_dim, encoder.blocks[0].mlp
         encoder.head = nn.Linear(dim, width) if head == "linear" else Mlp(
             dim, mlp.fc2.in_features, width, act_layer=type(mlp.act))
-        for parameter in getattr(encoder.head, "fc2", encoder.head).parameters():
-            nn.init.zeros_(parameter)
+        last = encoder.head if head == "linear" else encoder.head.fc2
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.decoder = Decoder(encoder, width, decoder_layers)
         self.to(next(vit.parameters()))  # its device and dtype
 
     def forward(self, images, masks):
-        _check_batch(images, masks, self.encoder.patch_embed.num_patches)
+        embed = self.encoder.patch_embed
+        _check_batch(images, masks, embed.num_patches, (embed.proj.in_channels, *embed.img_size))
         tokens = self.encoder.fc_norm(self.encoder.forward_features(images))  # (B, T, D), once
         tokens = self.encoder.head(tokens)  # (B, T, W)
-        return self.decoder(tokens, masks)[:, :, self.targets]
+        return self.decoder(tokens, masks)[:, :, self.predicted]
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -264,8 +271,9 @@ def reconstruction_loss(prediction, target, masks, kind="mse"):
     """
     require(kind in LOSSES, f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
     shapes = tuple(prediction.shape), tuple(target.shape), tuple(masks.shape)
-    require(shapes[0] == shapes[1] and shapes[1][:2] == shapes[2][:2], "need prediction and target "
-            "(B, K, T, D), masks (B, K, N), got {}, {}, {}".format(*shapes))
+    fits = shapes[0] == shapes[1] and shapes[1][:2] == shapes[2][:2] and masks.is_floating_point()
+    require(fits, "need prediction and target (B, K, T, D) and float masks (B, K, N), not {}, {} "
+            "and {}".format(*shapes))
     if kind == "mse":
         return F.mse_loss(prediction, target)
     if kind == "l1":
@@ -300,7 +308,7 @@ def explaining(what):
     """Turns whatever fails inside into an InputError that begins with `what`."""
     try:
         yield
-    except InputError:
+    except InputError:  # says it all already
         raise
     except Exception as error:
         raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
@@ -310,8 +318,11 @@ def read_image(data, index):
     """Image `index` of a timm or torchvision data set, PIL RGB; ValueError names a broken one."""
     if not hasattr(data, "reader"):
         return data[index][0].convert("RGB")
-    with explaining(data.reader.filename(index)), data.reader[index][0] as file:
-        return Image.open(file).convert("RGB")  # past data[index], which hides broken files
+    try:
+        with data.reader[index][0] as file:  # past data[index], which hides broken files
+            return Image.open(file).convert("RGB")
+    except Exception as error:
+        raise InputError(f"{data.reader.filename(index)}: {error!r}") from error
 
 
 def seed_of(*key):
@@ -341,60 +352,60 @@ class Images(torch.utils.data.Dataset):
             try:
                 return self.transform(self.read(self.indices[j])), problem
             except Exception as error:
-                problem = problem or str(error)
-        return self.transform(Image.new("RGB", (64, 64))), problem  # nothing works: training stops
+                problem = problem or str(error) or repr(error)
+        raise InputError(f"20 images in a row cannot be read, first {problem}")
 
 
 def open_images(args, vit, window):
     """args.data, or built-in images, as Images to train on and to validate on, made for `vit`.
 
-    Where there is no val/ one image in a hundred is held out, at least `window`, at most half, the
-    same ones every time. ValueError where fewer than `window` images are left to train on.
+    A folder that holds train/ and val/ is split so. Else one image in a hundred is held out, the
+    same ones every time: `window` at least, half at most. ValueError where too few are left.
     """
     path, size, config = args.data, vit.patch_embed.img_size, resolve_model_data_config(vit)
-    splits, found = ["train"], path and os.path.exists(path)
     if path is None:
-        count = args.num_images
-        read = functools.partial(draw_letters, size=max(size), seed=args.seed)
+        letters = functools.partial(draw_letters, size=max(size), seed=args.seed)
+        sources = [(letters, args.num_images)]
     else:
+        found, splits = os.path.exists(path), ["train", "val"]
         require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or "
                 "tar, and of timm's data sets only torch/... and hfds/... can be indexed")
         root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
-        if any(os.path.isdir(os.path.join(path, name)) for name in ("val", "validation")):
-            splits.append("validation")  # timm itself finds the folders of these two
+        if not all(os.path.isdir(os.path.join(path, split)) for split in splits):
+            splits = ["train"]
         with explaining(f"--data {path}"):
             sets = [create_dataset("" if found else path, root, split, download=not found)
                     for split in splits]
-        read, count = functools.partial(read_image, sets[0]), len(sets[0])
-    indices = np.arange(count)
-    if len(splits) == 2:
-        read_val, val = functools.partial(read_image, sets[1]), np.arange(len(sets[1]))
-    else:
-        held_out = min(max(count // 100, window), count // 2)
-        read_val, val = read, indices[:held_out] * count // max(1, held_out)  # evenly spread
-        indices = np.delete(indices, val)
-    require(len(indices) >= window, f"{len(indices)} images to train on are fewer than a global "
-            f"batch of {window} (processes x --batch-size x --accum)")
+        sources = [(functools.partial(read_image, data), len(data)) for data in sets]
+    (read, count), (read_val, count_val) = sources[0], sources[-1]
+    train, val = np.arange(count), np.arange(count_val)
+    if len(sources) == 1:
+        held_out = max(1, min(max(count // 100, window), count // 2, count - window))
+        val = np.arange(held_out) * count // held_out  # evenly spread
+        train = np.delete(train, val)
+    require(len(train) >= window, f"{len(train)} images to train on are fewer than a global batch, "
+            f"{window} (processes x --batch-size x --accum)")
     transform = functools.partial(create_transform, size, mean=config["mean"], std=config["std"])
-    augment = transform(
-        is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3), hflip=0.5,
-        color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
+    with explaining(f"--auto-augment {args.auto_augment}"):
+        augment = transform(
+            is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3),
+            hflip=0.5, color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
     plain = transform(interpolation=config["interpolation"], crop_pct=config["crop_pct"])
     mix = Mixup(args.mixup, args.cutmix, num_classes=1) if args.mixup or args.cutmix else None
     require(not mix or args.batch_size % 2 == 0, "--mixup and --cutmix need an even --batch-size")
-    return Images(read, indices, augment, args.seed, mix), Images(read_val, val, plain, args.seed)
+    return Images(read, train, augment, args.seed, mix), Images(read_val, val, plain, args.seed)
 
 
 def micro_batches(data, order, num_patches, args, process, *key):
     """Yields this rank's (images (b, 3, H, W), masks (b, K, N)), on the device, as `order` says.
 
-    Each batch_size * accum * world images in a row are one update's. Their masks come from `key`
-    and their place, so it does not matter who computes what. Where the last images are fewer, so
-    are a rank's, down to none. ValueError when most of a batch is broken.
+    `order` is cut into windows of batch_size * accum * world images, one update each. A window's
+    masks are drawn together, seeded by `key` and its place: it does not matter who computes what.
+    The last window may be short, a rank's share of it empty. ValueError if most images are broken.
     """
     window = args.batch_size * args.accum * process.world
     shares = [images[process.rank::process.world] for images in order.split(window)]
-    shares = [share for share in shares if len(share)]
+    shares = [share for share in shares if len(share)]  # the last may be empty
     loader = iter(torch.utils.data.DataLoader(
         data, batch_sampler=(b.tolist() for share in shares for b in share.split(args.batch_size)),
         num_workers=args.workers, pin_memory=process.device.type == "cuda"))
@@ -402,15 +413,16 @@ def micro_batches(data, order, num_patches, args, process, *key):
         generator = torch.Generator(process.device).manual_seed(seed_of(*key, place))
         masks = sample_masks(window, num_patches, args.mask_kind, args.keep, args.complement,
                              args.full, generator)[process.rank::process.world][:len(share)]
-        for m in masks.split(args.batch_size):
+        for i, m in enumerate(masks.split(args.batch_size)):
             images, problems = next(loader)
             broken = [problem for problem in problems if problem]
             for problem in set(broken) - data.named:
                 tqdm.write(f"skipped {problem}", file=sys.stderr)
             data.named.update(broken)
-            require(2 * len(broken) <= len(images), f"most of a batch is broken: {broken[:1]}")
+            few = len(broken) <= max(1, len(images) // 2)
+            require(few, f"most of a batch is broken, for example {broken[:1]}")
             if data.mix:
-                np.random.seed(seed_of(*key, place, process.rank))
+                np.random.seed(seed_of(*key, place, process.rank, i))
                 images, _ = data.mix(images, torch.zeros(len(images), dtype=torch.long))
             yield images.to(process.device, non_blocking=True), m
 
@@ -426,15 +438,18 @@ def start_process(dtype="auto"):
     Returns Process(rank, world: how many, device, dtype, autocast: context of matrix products).
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, bf16 = torch.device("cpu"), getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    device, local = torch.device("cpu"), int(os.environ.get("LOCAL_RANK", 0))
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        require(local < torch.cuda.device_count(), f"no GPU for process {local} of this machine")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     elif torch.backends.mps.is_available() and world == 1:
         device, bf16 = torch.device("mps"), False
     cuda = device.type == "cuda"
-    require(dtype != "float16" or cuda, "--dtype float16 needs a CUDA device")
+    possible = {"cuda": ("bfloat16", "float16"), "cpu": ("bfloat16",)}.get(device.type, ())
+    require(dtype in ("auto", "float32", *possible), f"--dtype {dtype}: not on {device.type}")
     if dtype == "auto":
         dtype = "bfloat16" if bf16 else "float16" if cuda else "float32"
     if "RANK" in os.environ and not torch.distributed.is_initialized():
@@ -495,12 +510,12 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
     seconds, where the weights are not cached and the hub cannot be reached.
     """
     if ":" not in name:  # else hf-hub:... or local-dir:...
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3, cutoff=0)
         require(timm.is_model(name), f"unknown model {name}: did you mean {', '.join(near)}?")
-        with explaining(name), torch.device("meta"):  # is it a ViT? Before anything is downloaded
-            _trunk(timm.create_model(name))
+        with explaining(f"cannot load {name}"):
+            _trunk(timm.create_model(name))  # is it a ViT? Before anything is downloaded
     pretrained = pretrained and not checkpoint
-    if pretrained:
+    if pretrained or ":" in name:
         try:  # the hub's client retries for a minute, unless told that it is offline
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
         except Exception:
@@ -526,7 +541,8 @@ def load_aligned(path, model=None):
     args = args if isinstance(args, dict) else vars(args)
     name = model or args.get("model") or saved.get("arch")
     require(name, f"{path} does not say what model it is: pass model=, a timm name")
-    softcap = args.get("softcap", 30.0 if name.startswith("svit_") else 0.0)
+    capped = any(str(n).startswith("svit_") for n in (name, args.get("model"), saved.get("arch")))
+    softcap = args.get("softcap", 30.0 if capped else 0.0)
     vit = load_vit(re.sub("^svit_", "vit_", name), pretrained=False, img_size=args.get("img_size"))
     vit = MaskEmbed(vit, softcap=softcap, decoder_layers=1).encoder
     vit.head = nn.Identity()
@@ -543,15 +559,15 @@ def learning_rate(step, total, warmup, lr, min_lr):
 
 
 @torch.no_grad()
-def validation_mean(function, data, num_patches, args, process):
-    """Means of function(images, masks), a list of scalars, over `data` and all ranks: each image
-    once, with the same masks every time -> list of floats."""
-    totals = np.zeros(1)
+def validation_mean(function, size, data, num_patches, args, process):
+    """Means of the `size` scalars that function(images, masks) lists, over `data` and all ranks:
+    each image once, under the same masks every time -> list of floats."""
+    totals = np.zeros(1 + size)  # number of images, then sums over them
     for images, masks in micro_batches(data, torch.arange(len(data)), num_patches, args, process,
                                        args.seed):
         with process.autocast():
             values = function(images, masks)
-        totals = totals + len(images) * np.array([1.0, *map(float, values)])
+        totals += len(images) * np.array([1.0, *map(float, values)])
     count, *totals = sum_ranks(process, *totals)
     return [total / count for total in totals]
 
@@ -565,12 +581,12 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
         last = process.world == 1 or micro == args.accum - 1
         with contextlib.nullcontext() if last else model.no_sync():
             with process.autocast():
-                prediction, target = model(images, masks), teacher(images, masks)
-                loss = reconstruction_loss(prediction, target, masks, args.loss) / args.accum
-            scaler.scale(loss).backward()
-        total += loss.detach()
+                target = teacher(images, masks)  # first: before the activations fill the memory
+                loss = reconstruction_loss(model(images, masks), target, masks, args.loss)
+            scaler.scale(loss / args.accum).backward()
+        total += loss.detach() / args.accum
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -580,7 +596,7 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
 def train(model, teacher, train_set, val_set, args, process, saved=None):
     """The whole run: updates, validation, and into args.out log and checkpoints.
 
-    args: from parse_args. saved: what read_file makes of the last.pt to go on from.
+    args: from parse_args. saved: the dict in the last.pt of the run to go on with, or None.
     """
     window, num_patches = args.batch_size * args.accum * process.world, teacher.num_patches
     per_epoch = math.ceil(len(train_set) / window)
@@ -589,45 +605,47 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
         [p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.95),
         weight_decay=args.weight_decay, fused=process.device.type == "cuda")
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    step, best, val_loss = 0, math.inf, math.inf
+    done, best, val_loss = 0, math.inf, math.inf  # updates, lowest and newest validation loss
     if saved:
-        step, best, val_loss = saved["step"], saved["best"], saved["val_loss"]
+        done, best, val_loss = saved["step"], saved["best"], saved["val_loss"]
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
     parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
-    bar = tqdm(total=total * window, initial=step * window, unit="img", disable=process.rank > 0)
-    while step < total:
-        epoch = train_set.epoch = step // per_epoch
-        shuffle = torch.Generator().manual_seed(seed_of(args.seed, epoch))
-        order = torch.randperm(len(train_set), generator=shuffle)
-        order = order[torch.arange(per_epoch * window) % len(order)]  # fills up the last window
-        batches = micro_batches(train_set, order, num_patches, args, process, args.seed, epoch)
-        running, since, clock = 0.0, step, time.perf_counter()
-        model.train()
-        for step in range(step + 1, (epoch + 1) * per_epoch + 1):  # counts updates done, from 1
-            lr = learning_rate(step - 1, total, warmup, args.lr, args.min_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            running += update(parallel, teacher, batches, optimizer, scaler, args, process)
-            bar.update(window)
-            if step % args.log_every == 0 or step == (epoch + 1) * per_epoch:
-                loss = sum_ranks(process, float(running))[0] / process.world / (step - since)
-                speed = (step - since) * window / (time.perf_counter() - clock)
-                require(math.isfinite(loss), f"the loss is {loss} at step {step}: try a lower --lr")
-                write_log(args, process, step=step, epoch=epoch, loss=loss, lr=lr, speed=speed)
-                bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_loss:.4f}", lr=f"{lr:.1e}")
-                running, since, clock = 0.0, step, time.perf_counter()
-        model.eval()
-        val_loss, = validation_mean(
-            lambda x, m: [reconstruction_loss(model(x, m), teacher(x, m), m, args.loss)],
-            val_set, num_patches, args, process)
-        best = min(best, val_loss)
-        write_log(args, process, step=step, epoch=epoch, val_loss=val_loss)
-        if process.rank == 0:
-            save(args, model, dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best,
-                scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss))
-    bar.close()
+    progress = dict(total=total * window, initial=done * window, disable=process.rank > 0)
+    with tqdm(unit="img", **progress) as bar:
+        for epoch in range(done // per_epoch, args.epochs):
+            train_set.epoch = epoch
+            shuffle = torch.Generator().manual_seed(seed_of(args.seed, epoch))
+            order = torch.randperm(len(train_set), generator=shuffle)
+            order = order[torch.arange(per_epoch * window) % len(order)]  # fills up the last window
+            batches = micro_batches(train_set, order, num_patches, args, process, args.seed, epoch)
+            running, logged, clock = 0.0, epoch * per_epoch, time.perf_counter()
+            model.train()
+            for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1):
+                lr = learning_rate(step - 1, total, warmup, args.lr, args.min_lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                running += update(parallel, teacher, batches, optimizer, scaler, args, process)
+                bar.update(window)
+                if step % args.log_every == 0 or step % per_epoch == 0:
+                    loss = sum_ranks(process, float(running))[0] / process.world / (step - logged)
+                    speed = (step - logged) * window / (time.perf_counter() - clock)
+                    require(math.isfinite(loss), f"loss {loss} at step {step}: try a lower --lr")
+                    write_log(args, process, step=step, epoch=epoch, loss=loss, lr=lr, speed=speed)
+                    bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_loss:.4f}", lr=f"{lr:.1e}")
+                    running, logged, clock = 0.0, step, time.perf_counter()
+            model.eval()
+            val_loss, = validation_mean(
+                lambda x, m: [reconstruction_loss(model(x, m), teacher(x, m), m, args.loss)], 1,
+                val_set, num_patches, args, process)
+            require(math.isfinite(val_loss), f"validation loss {val_loss}: try a lower --lr")
+            write_log(args, process, step=step, epoch=epoch, val_loss=val_loss)
+            best = min(best, val_loss)
+            if process.rank == 0:
+                save(args, model, dict(
+                    model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                    scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss,
+                    best=best, window=window, args=vars(args)))
 
 
 def write_log(args, process, **entry):
@@ -641,11 +659,9 @@ def write_log(args, process, **entry):
 
 
 def save(args, model, state):
-    """last.pt, all that is needed to go on; best.pt; the aligned ViT alone, under timm's keys."""
-    state["args"] = vars(args)
-    write_file(os.path.join(args.out, "last.pt"), state)
-    if state["val_loss"] == state["best"]:
-        write_file(os.path.join(args.out, "best.pt"), state)
+    """best.pt; last.pt, all that is needed to go on; the aligned ViT alone, under timm's keys."""
+    for name in ["best.pt"] * (state["val_loss"] == state["best"]) + ["last.pt"]:
+        write_file(os.path.join(args.out, name), state)
     encoder = {k.replace("fc_norm.", "norm."): v.contiguous()  # its name with global_pool=""
                for k, v in model.encoder.state_dict().items() if not k.startswith("head.")}
     about = json.dumps({k: state["args"][k] for k in ("model", "softcap", "img_size")})
@@ -658,7 +674,7 @@ def parse_args(argv=None):
     """The settings of a run from command-line words -> argparse.Namespace. ValueError if bad."""
     parser = argparse.ArgumentParser(description="Locality alignment of a timm ViT, 2410.11087",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = functools.partial(require, False)  # one line, as for all bad input
+    parser.error = functools.partial(require, False)  # raises InputError(message), no usage lines
     yes_no = argparse.BooleanOptionalAction
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm ViT")
@@ -671,7 +687,7 @@ def parse_args(argv=None):
     g.add_argument("--head", default="linear", choices=["linear", "mlp"], help="encoder to decoder")
     g.add_argument("--decoder-layers", type=int, default=2, help="blocks of the decoder")
     g.add_argument("--decoder-width", type=int, help="channels, where not the encoder's")
-    g.add_argument("--freeze-encoder", action=yes_no, default=False, help="but final norm and head")
+    g.add_argument("--freeze-encoder", action=yes_no, default=False, help="but new norm and head")
     g = parser.add_argument_group("masks and loss")
     g.add_argument("--mask-kind", default="uniform", choices=MASKS, help="distribution of m")
     g.add_argument("--keep", type=float, default=0.5, help="visible share, if not uniform")
@@ -693,7 +709,7 @@ def parse_args(argv=None):
     g.add_argument("--min-lr", type=float, help="lowest learning rate; lr / 10 if left out")
     g.add_argument("--warmup-epochs", type=int, default=0, help="epochs of rising lr")
     g.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's, on all parameters")
-    g.add_argument("--clip-grad", type=float, default=1.0, help="greatest norm of the gradient")
+    g.add_argument("--clip-grad", type=float, default=1.0, help="greatest gradient norm, 0 = off")
     g.add_argument("--seed", type=int, default=0, help="of all that is random")
     g = parser.add_argument_group("run")
     g.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
@@ -709,11 +725,29 @@ def parse_args(argv=None):
     positive = "img_size decoder_layers decoder_width num_images epochs batch_size accum log_every"
     for name, value in vars(args).items():
         low, high = int(name in positive.split()), 1 if name == "keep" else sys.float_info.max
-        require(not isinstance(value, (int, float)) or low <= value <= high,
+        require(type(value) not in (int, float) or low <= value <= high,
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
     require(args.warmup_epochs < args.epochs, "--warmup-epochs must be fewer than --epochs")
     return args
+
+
+def read_run(args, window):
+    """The dict in args.out/last.pt, or None where there is none. ValueError where there is a run
+    but no --resume, or where a setting differs that matters."""
+    path = os.path.join(args.out, "last.pt")
+    traces = any(os.path.exists(os.path.join(args.out, name)) for name in ("last.pt", "log.jsonl"))
+    require(args.resume or not traces, f"{args.out} holds a run: pass --resume or another --out")
+    if not os.path.exists(path):
+        return None
+    saved = read_file(path)
+    with explaining(f"{path} is not from a run"):
+        before, now = {**saved["args"], "window": saved["window"]}, {**vars(args), "window": window}
+    free = "batch_size accum workers compile out resume log_every wandb".split()  # window has two
+    changed = [f"{k} was {before.get(k)}, not {now[k]}" for k in now if before.get(k) != now[k]
+               and k not in free]
+    require(not changed, f"--resume with other settings than {path}: {'; '.join(changed)}")
+    return saved
 
 
 def run(args):
@@ -721,44 +755,47 @@ def run(args):
     process = start_process(args.dtype)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    last, window = os.path.join(args.out, "last.pt"), args.batch_size * args.accum * process.world
-    require(args.resume or not os.path.exists(last), f"{args.out} holds a run: pass --resume to go "
-            "on with it, or another --out")
-    saved = read_file(last) if os.path.exists(last) else None
+    window = args.batch_size * args.accum * process.world
+    saved = read_run(args, window)
+    if args.wandb and process.rank == 0:
+        with explaining("--wandb: pip install wandb, and log in"):
+            import wandb
+            wandb.init(project=args.wandb, config=vars(args))
     vit = load_vit(args.model, args.pretrained, args.img_size, args.checkpoint)
     teacher = Teacher(vit, args.skip_blocks, args.prefix_only).to(process.device)
     model = MaskEmbed(vit, args.softcap, args.head, args.decoder_layers, args.decoder_width,
                       args.prefix_only).to(process.device)
-    if args.freeze_encoder:
-        for name, parameter in model.encoder.named_parameters():  # what is fresh still learns
+    if args.freeze_encoder:  # all but its new norm and head
+        for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("norm.", "fc_norm.", "head.")))
+    if process.rank > 0:
+        torch.distributed.barrier()  # the first process downloads, if anything is to be downloaded
     train_set, val_set = open_images(args, vit, window)
+    if process.rank == 0 and process.world > 1:
+        torch.distributed.barrier()
+    if args.compile or args.compile is None and process.device.type == "cuda":
+        teacher.compile()
+        model.compile()
+    if saved:
+        model.load_state_dict(saved["model"])
+        teacher.scale.fill_(saved["scale"])
+    elif args.loss == "mse":  # s = 1 / std of all target entries
+        mean, square = validation_mean(
+            lambda x, m: [(target := teacher(x, m).float()).mean(), target.square().mean()], 2,
+            val_set, teacher.num_patches, args, process)
+        teacher.scale.fill_((square - mean ** 2) ** -0.5)
     if process.rank == 0:
         with explaining(f"cannot write to --out {args.out}"):
             os.makedirs(args.out, exist_ok=True)
             settings = json.dumps(vars(args), indent=1).encode()
             write_file(os.path.join(args.out, "args.json"), settings)
-    if args.compile or args.compile is None and process.device.type == "cuda":
-        teacher.compile()
-        model.compile()
-    if saved:
-        with explaining(f"{last} does not fit this run"):
-            model.load_state_dict(saved["model"])
-            teacher.scale.fill_(saved["scale"])
-    elif args.loss == "mse":
-        mean, square = validation_mean(
-            lambda x, m: [(target := teacher(x, m).float()).mean(), target.square().mean()],
-            val_set, teacher.num_patches, args, process)
-        teacher.scale.fill_((square - mean ** 2) ** -0.5)
-    if process.rank == 0:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag") or "untagged"
         weights = args.checkpoint or (tag if args.pretrained else "random weights")
         if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2", tag):
-            weights += " (NOT the paper's: fine-tuned or newer; a name with a tag is clear)"
+            weights += " (a bare name: weights that are fine-tuned, or newer than the paper's)"
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        pixels, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
         print(f"model    {name}, {weights}; {trained:,} trained parameters")
+        pixels, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
         print(f"input    {pixels} pixels, patches of {patch}: N = {teacher.num_patches}, P = "
               f"{vit.num_prefix_tokens} prefix tokens, K = {1 + args.complement + args.full} masks")
         print(f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} "
@@ -767,11 +804,9 @@ def run(args):
               f"{args.lr:g} to {args.min_lr:g}, global batch {window} ({process.world} processes x "
               f"{args.batch_size} images x {args.accum})")
         print(f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}")
-    if args.wandb and process.rank == 0:
-        import wandb
-        wandb.init(project=args.wandb, config=vars(args), dir=args.out)
     train(model, teacher, train_set, val_set, args, process, saved)
-    if process.world > 1:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # leave together: gloo may hang otherwise, in torch 2.4
         torch.distributed.destroy_process_group()
 
 
@@ -780,7 +815,7 @@ def main(argv=None):
     try:
         run(parse_args(argv))
     except InputError as error:
-        print(f"maskembed: {error}", file=sys.stderr)
+        print(f"maskembed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
 
 

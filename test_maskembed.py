@@ -232,11 +232,13 @@ def test_library_refuses_bad_input():
         (lambda: MaskEmbed(vit, head="deep"), "deep"), (lambda: MaskEmbed(vit, decoder_width=30), "30"),
         (lambda: MaskEmbed(vit, decoder_layers=0), "decoder_layers"),
         (lambda: MaskEmbed(tiny("beit")), "soft cap.*Beit"), (lambda: MaskEmbed(tiny("eva")), "Eva"),
-        (lambda: Teacher(timm.create_model("resnet18")), "no patch tokens"),
-        (lambda: MaskEmbed(timm.create_model("resnet18")), "no patch tokens"),
+        (lambda: Teacher(timm.create_model("resnet18")), "no plain ViT"),
+        (lambda: MaskEmbed(timm.create_model("resnet18")), "no plain ViT"),
         (lambda: teacher(images, masks[:1]), r"\(1, 3, 16\)"), (lambda: model(images, masks[0]), "16"),
         (lambda: model(images, masks[..., :9]), r"\(2, 3, 9\)"), (lambda: model(images[:0], masks[:0]), "0"),
-        (lambda: mask_pixels(images, masks, 16), r"\(B, K, 4\)"),
+        (lambda: mask_pixels(images, masks, 16), r"\(B, K, 4\)"), (lambda: teacher(images.int(), masks), "int"),
+        (lambda: model(images[:, :1], masks), "1, 32, 32"), (lambda: teacher(images[..., 4:], masks), "28"),
+        (lambda: model(images, masks.bool()), "bool"),
         (lambda: reconstruction_loss(masks, masks, masks, "huber"), "huber"),
         (lambda: reconstruction_loss(torch.ones(2, 1, 4), torch.ones(2, 4), masks), r"\(2, 1, 4\)"),
     ]
@@ -356,7 +358,7 @@ def test_exported_encoder_and_checkpoints(tmp_path, capsys):
             assert distance < 1e-5 if softcap == 0 else distance > 0
             if freeze:
                 torch.manual_seed(0)
-                start = timm.create_model(model, num_classes=0, img_size=32).state_dict()
+                start = maskembed.load_vit(model, False, 32).state_dict()
                 same = {k for k, v in start.items() if torch.equal(v, state["model"]["encoder." + k])}
                 assert set(start) - same == {"norm.weight", "norm.bias"}
 
@@ -391,21 +393,21 @@ def test_bad_input_is_one_line_and_exit_code_2(photos, tmp_path, capsys, monkeyp
     monkeypatch.setattr(maskembed.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(maskembed.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for words, text in [
-        ("--model vit_base_patch61_224", "vit_base_patch16_224"), ("--model resnet18", "no patch tokens"),
+        ("--model vit_base_patch61_224", "vit_base_patch16_224"), ("--model resnet18", "no plain ViT"),
         ("--model vit_tiny_patch16_224 --pretrained --img-size 64", "--no-pretrained"),
         ("--model vit_tiny_patch16_224.no_such_tag --pretrained", "no_such_tag"),
         ("--data nowhere", "nowhere"), ("--data empty", "empty"), ("--data wds/images", "wds/images"),
-        ("--num-images 9", "5 images to train on"), ("--keep 1.5", "--keep"), ("--keep nan", "--keep"),
+        ("--num-images 8", "7 images to train on"), ("--keep 1.5", "--keep"), ("--keep nan", "--keep"),
         ("--batch-size 0", "--batch-size"), ("--softcap -1", "--softcap"), ("--softcap many", "--softcap"),
         ("--skip-blocks 6", "skip_blocks 6"), ("--decoder-width 63", "63"), ("--lr -1", "--lr"),
         ("--lr 1 --min-lr 2", "--min-lr"), ("--warmup-epochs 2", "--warmup-epochs"), ("--nonsense", "--nonsense"),
-        ("--mask-kind spiral", "spiral"), ("--mixup 0.5 --batch-size 5", "even"), ("--dtype float16", "CUDA"),
+        ("--mask-kind spiral", "spiral"), ("--mixup 0.5 --batch-size 5", "even"), ("--dtype float16", "not on cpu"),
         ("--model beit_base_patch16_224", "softcap 0"), ("--out cut.pt/x", "cannot write"),
         ("--checkpoint none.pt", "none.pt"), ("--checkpoint cut.pt", "cut.pt"), ("--img-size 8", "img"),
         ("--checkpoint evil.pt", "evil.pt"), ("--checkpoint other.pt", "does not fit"),
         ("--model vit_base_patch16_siglip_224 --prefix-only --img-size 32", "prefix"),
     ]:
-        if text == "CUDA" and torch.cuda.is_available():
+        if "float16" in words and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit) as stop:
             maskembed.main(small("--out", "out", *words.split()))
@@ -418,8 +420,10 @@ def test_bad_input_is_one_line_and_exit_code_2(photos, tmp_path, capsys, monkeyp
 
 
 def test_most_of_a_batch_broken(tmp_path, capsys):
-    for i in range(20):
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    for i in range(40):
+        maskembed.draw_letters(i).save(tmp_path / f"{i}.png")
+        if i % 10 > 3:
+            (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit):
         maskembed.main(small("--data", tmp_path, "--out", tmp_path / "out"))
     assert "most of a batch" in capsys.readouterr().err.splitlines()[-1]
@@ -447,12 +451,21 @@ def test_data_layouts_and_options(photos, tmp_path, monkeypatch):
     assert lengths("--data", tmp_path / "split") == ([30, 9], list(range(9)))
     assert lengths("--data", tmp_path / "photos.tar")[0] == [22, 8]
     assert lengths("--num-images", 1000) == ([990, 10], list(range(0, 1000, 100)))
-    for words in (["--masks", "blockwise", "--keep", "0.4", "--no-complement", "--no-full", "--loss", "l1"],
+    for words in (["--mask-kind", "blockwise", "--keep", "0.4", "--no-complement", "--no-full", "--loss", "l1"],
                   ["--prefix-only", "--skip-blocks", "0", "--loss", "masked", "--cutmix", "1"],
                   ["--mixup", "0.5", "--auto-augment", "rand-m9-mstd0.5-inc1", "--dtype", "bfloat16"]):
         out = tmp_path / words[0]
-        maskembed.main(small("--data", tmp_path / "split", "--out", out, *words[2 * (words[0] == "--masks"):]))
+        maskembed.main(small("--data", tmp_path / "split", "--out", out, *words))
         assert all(math.isfinite(e.get("loss", 0)) for e in log(out)) and last(out)["step"] == 8
+
+
+def test_split_rules(tmp_path):
+    vit = timm.create_model("test_vit", img_size=32)
+    for count, window, held_out in [(1000, 8, 10), (100, 32, 32), (60, 32, 28), (40, 20, 20), (9, 8, 1)]:
+        args = maskembed.parse_args(small("--num-images", count))
+        train, val = maskembed.open_images(args, vit, window)
+        assert (len(train), len(val)) == (count - held_out, held_out)
+        assert sorted([*train.indices, *val.indices]) == list(range(count))
 
 
 def test_learning_rate():
