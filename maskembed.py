@@ -594,7 +594,7 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
 
 
 def train(model, teacher, train_set, val_set, args, process, saved=None):
-    """The whole run: updates, validation, and into args.out log and checkpoints.
+    """The whole run: updates, validation, log and checkpoints -> the last validation loss.
 
     args: from parse_args. saved: the dict in the last.pt of the run to go on with, or None.
     """
@@ -646,6 +646,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
                     model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                     scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss,
                     best=best, window=window, args=vars(args)))
+    return val_loss
 
 
 def write_log(args, process, **entry):
@@ -804,7 +805,10 @@ def run(args):
               f"{args.lr:g} to {args.min_lr:g}, global batch {window} ({process.world} processes x "
               f"{args.batch_size} images x {args.accum})")
         print(f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}")
-    train(model, teacher, train_set, val_set, args, process, saved)
+    val_loss = train(model, teacher, train_set, val_set, args, process, saved)
+    if process.rank == 0:
+        print(f"done     validation loss {val_loss:.4f} (1.0: the mean predictor's, for mse); the "
+              f"aligned ViT is {os.path.join(args.out, 'encoder.safetensors')}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # leave together: gloo may hang otherwise, in torch 2.4
         torch.distributed.destroy_process_group()
