@@ -510,7 +510,8 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
     seconds, where the weights are not cached and the hub cannot be reached.
     """
     if ":" not in name:  # else hf-hub:... or local-dir:...
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3, cutoff=0)
+        vits = timm.list_models(["vit_*", "deit*", "beit*", "eva*"])
+        near = difflib.get_close_matches(name.split(".")[0], vits, 3, cutoff=0)
         require(timm.is_model(name), f"unknown model {name}: did you mean {', '.join(near)}?")
         with explaining(f"cannot load {name}"):
             _trunk(timm.create_model(name))  # is it a ViT? Before anything is downloaded
@@ -520,9 +521,12 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
         except Exception:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
-    with explaining(f"cannot load {name}, pass --no-pretrained or --checkpoint FILE"):
+    with explaining(f"cannot load {name}, pass --checkpoint FILE (or --no-pretrained, to try)"):
         vit = timm.create_model(name, pretrained, num_classes=0, img_size=img_size)
-    require(vit.patch_embed.num_patches, f"--img-size {img_size} is less than a patch of {name}")
+    embed = vit.patch_embed
+    rest = any(pixels % patch for pixels, patch in zip(embed.img_size, embed.patch_size))
+    require(embed.num_patches and (embed.strict_img_size or not rest), f"--img-size {img_size} is no "
+            f"multiple of the patch size of {name}, {embed.patch_size}")
     if checkpoint:
         vit = _trunk(vit)
         load_weights(vit, read_file(checkpoint), checkpoint)
@@ -612,6 +616,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
         scaler.load_state_dict(saved["scaler"])
     parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
     progress = dict(total=total * window, initial=done * window, disable=process.rank > 0)
+    shown = {}
     with tqdm(unit="img", **progress) as bar:
         for epoch in range(done // per_epoch, args.epochs):
             train_set.epoch = epoch
@@ -632,7 +637,8 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
                     speed = (step - logged) * window / (time.perf_counter() - clock)
                     require(math.isfinite(loss), f"loss {loss} at step {step}: try a lower --lr")
                     write_log(args, process, step=step, epoch=epoch, loss=loss, lr=lr, speed=speed)
-                    bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_loss:.4f}", lr=f"{lr:.1e}")
+                    shown |= dict(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
+                    bar.set_postfix(shown)
                     running, logged, clock = 0.0, step, time.perf_counter()
             model.eval()
             val_loss, = validation_mean(
@@ -640,12 +646,13 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
                 val_set, num_patches, args, process)
             require(math.isfinite(val_loss), f"validation loss {val_loss}: try a lower --lr")
             write_log(args, process, step=step, epoch=epoch, val_loss=val_loss)
-            best = min(best, val_loss)
+            shown["val"], best = f"{val_loss:.4f}", min(best, val_loss)
+            bar.set_postfix(shown)
             if process.rank == 0:
                 save(args, model, dict(
                     model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                     scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss,
-                    best=best, window=window, args=vars(args)))
+                    best=best, args={**vars(args), "global_batch": window}))
     return val_loss
 
 
@@ -673,30 +680,30 @@ def save(args, model, state):
 # ---- command line --------------------------------------------------------------------------------
 def parse_args(argv=None):
     """The settings of a run from command-line words -> argparse.Namespace. ValueError if bad."""
-    parser = argparse.ArgumentParser(description="Locality alignment of a timm ViT, 2410.11087",
+    parser = argparse.ArgumentParser(description="MaskEmbed, arXiv 2410.11087",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)  # raises InputError(message), no usage lines
     yes_no = argparse.BooleanOptionalAction
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm ViT")
     g.add_argument("--pretrained", action=yes_no, default=True, help="weights from the model hub")
-    g.add_argument("--checkpoint", metavar="FILE", help="load teacher and encoder from this file")
-    g.add_argument("--img-size", type=int, help="pixels, where not the model's own")
+    g.add_argument("--checkpoint", metavar="FILE", help="weights from this file instead")
+    g.add_argument("--img-size", type=int, help="side in pixels, if not the model's")
     g.add_argument("--skip-blocks", type=int, default=1, help="last teacher blocks to drop")
-    g.add_argument("--prefix-only", action=yes_no, default=False, help="predict these alone")
-    g.add_argument("--softcap", type=float, default=30.0, help="on the encoder's logits, 0 = off")
+    g.add_argument("--prefix-only", action=yes_no, default=False, help="predict prefix tokens only")
+    g.add_argument("--softcap", type=float, default=30.0, help="bound of attention logits, 0 = off")
     g.add_argument("--head", default="linear", choices=["linear", "mlp"], help="encoder to decoder")
     g.add_argument("--decoder-layers", type=int, default=2, help="blocks of the decoder")
-    g.add_argument("--decoder-width", type=int, help="channels, where not the encoder's")
-    g.add_argument("--freeze-encoder", action=yes_no, default=False, help="but new norm and head")
+    g.add_argument("--decoder-width", type=int, help="channels, if not the encoder's")
+    g.add_argument("--freeze-encoder", action=yes_no, default=False, help="but for norm and head")
     g = parser.add_argument_group("masks and loss")
-    g.add_argument("--mask-kind", default="uniform", choices=MASKS, help="distribution of m")
+    g.add_argument("--mask-kind", default="uniform", choices=MASKS, help="how patches are drawn")
     g.add_argument("--keep", type=float, default=0.5, help="visible share, if not uniform")
     g.add_argument("--complement", action=yes_no, default=True, help="use the mask 1 - m as well")
     g.add_argument("--full", action=yes_no, default=True, help="use the full mask as well")
-    g.add_argument("--loss", default="mse", choices=LOSSES, help="what is minimised")
+    g.add_argument("--loss", default="mse", choices=LOSSES, help="masked: mse on hidden patches")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="PATH", help="folder, tar, torch/..., hfds/...; or built-in")
+    g.add_argument("--data", metavar="PATH", help="folder, tar, torch/... or hfds/...")
     g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
     g.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="per process")
     g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
@@ -704,7 +711,7 @@ def parse_args(argv=None):
     g.add_argument("--cutmix", type=float, default=0.0, help="alpha, 0 = off")
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=int, default=5, help="passes over the images")
-    g.add_argument("--batch-size", type=int, default=32, help="per process and micro-batch")
+    g.add_argument("--batch-size", type=int, default=32, help="images per micro-batch and process")
     g.add_argument("--accum", type=int, default=1, help="micro-batches to an update")
     g.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
     g.add_argument("--min-lr", type=float, help="lowest learning rate; lr / 10 if left out")
@@ -730,6 +737,8 @@ def parse_args(argv=None):
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
     require(args.warmup_epochs < args.epochs, "--warmup-epochs must be fewer than --epochs")
+    used = args.mask_kind != "uniform" or args.keep == parser.get_default("keep")
+    require(used, "--keep has no effect on uniform masks: choose another --mask-kind")
     return args
 
 
@@ -743,11 +752,12 @@ def read_run(args, window):
         return None
     saved = read_file(path)
     with explaining(f"{path} is not from a run"):
-        before, now = {**saved["args"], "window": saved["window"]}, {**vars(args), "window": window}
-    free = "batch_size accum workers compile out resume log_every wandb".split()  # window has two
-    changed = [f"{k} was {before.get(k)}, not {now[k]}" for k in now if before.get(k) != now[k]
-               and k not in free]
-    require(not changed, f"--resume with other settings than {path}: {'; '.join(changed)}")
+        before, now = saved["args"], {**vars(args), "global_batch": window}
+    free = "batch_size accum workers compile out resume log_every wandb".split()
+    changed = [f"{name} was {before.get(name)}, not {value}" for name, value in now.items()
+               if name not in free and before.get(name) != value]
+    require(not changed, f"{'; '.join(changed)}: --resume with the settings of {path}, or start "
+            "anew with another --out")
     return saved
 
 
@@ -785,11 +795,16 @@ def run(args):
             lambda x, m: [(target := teacher(x, m).float()).mean(), target.square().mean()], 2,
             val_set, teacher.num_patches, args, process)
         teacher.scale.fill_((square - mean ** 2) ** -0.5)
+    done = saved["step"] if saved else 0
     if process.rank == 0:
         with explaining(f"cannot write to --out {args.out}"):
             os.makedirs(args.out, exist_ok=True)
             settings = json.dumps(vars(args), indent=1).encode()
             write_file(os.path.join(args.out, "args.json"), settings)
+            with open(os.path.join(args.out, "log.jsonl"), "a+b") as file:  # less what comes again
+                file.seek(0)
+                lines = [line for line in file if json.loads(line)["step"] <= done]
+            write_file(os.path.join(args.out, "log.jsonl"), b"".join(lines))
         name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag") or "untagged"
         weights = args.checkpoint or (tag if args.pretrained else "random weights")
         if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2", tag):
@@ -801,9 +816,9 @@ def run(args):
               f"{vit.num_prefix_tokens} prefix tokens, K = {1 + args.complement + args.full} masks")
         print(f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} "
               f"to train on, {len(val_set)} held out")
-        print(f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, lr "
-              f"{args.lr:g} to {args.min_lr:g}, global batch {window} ({process.world} processes x "
-              f"{args.batch_size} images x {args.accum})")
+        print(f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, from "
+              f"step {done}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = "
+              f"{process.world} processes x {args.batch_size} images x {args.accum}")
         print(f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}")
     val_loss = train(model, teacher, train_set, val_set, args, process, saved)
     if process.rank == 0:
