@@ -107,24 +107,25 @@ def mask_pixels(images, masks, patch_size):
     """m * x, by definition: hidden patches are 0 after normalisation, which is the mean colour.
 
     images (B, C, H, W), masks (B, K, N) -> (B, K, C, H, W); patch_size is an int or a pair. Pixels
-    beyond the last whole patch are hidden: no patch sees them. ValueError where shapes do not fit.
+    beyond the last whole patch are hidden: no patch sees them. ValueError if N is another grid's.
     """
     p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     height, width = images.shape[-2:]
     rows, columns = height // p, width // q
-    _check_batch(images, masks, rows * columns)
+    require(masks.shape[2:] == (rows * columns,), f"masks {tuple(masks.shape)} are not (B, K, "
+            f"{rows * columns}), a {rows} x {columns} grid")
     pixels = masks.unflatten(2, (rows, columns)).repeat_interleave(p, 2).repeat_interleave(q, 3)
     pixels = F.pad(pixels, (0, width - columns * q, 0, height - rows * p))  # (B, K, H, W)
     return images[:, None] * pixels[:, :, None]
 
 
-def _check_batch(images, masks, num_patches, shape=("C", "H", "W")):
-    fits = masks.ndim == 3 and (len(images), num_patches) == (len(masks), masks.shape[2])
-    fits = fits and images.ndim == 4 and (shape[0] == "C" or tuple(images.shape[1:]) == shape)
-    kinds = images.is_floating_point() and masks.is_floating_point()
-    require(fits and kinds and len(images) > 0, f"need float images {('B', *shape)} and masks "
-            f"(B, K, {num_patches}), B > 0; got {tuple(images.shape)} {images.dtype} and "
-            f"{tuple(masks.shape)} {masks.dtype}")
+def _check_batch(images, masks, embed):
+    shape = (embed.proj.in_channels, *embed.img_size)
+    fits = images.shape[1:] == shape and masks.ndim == 3 and masks.shape[2] == embed.num_patches
+    floats = images.is_floating_point() and masks.is_floating_point()
+    require(fits and floats and len(images) == len(masks) > 0,
+            f"need B > 0 float images {shape} and masks (K, {embed.num_patches}) of each, not "
+            f"{tuple(images.shape)} {images.dtype} and {tuple(masks.shape)} {masks.dtype}")
 
 
 # ---- teacher -------------------------------------------------------------------------------------
@@ -170,8 +171,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, masks):
-        shape = (self.patch_embed.proj.in_channels, *self.patch_embed.img_size)
-        _check_batch(images, masks, self.num_patches, shape)
+        _check_batch(images, masks, self.patch_embed)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
         # image once and put a blank patch's embedding where the mask is 0. Equal to mask_pixels.
         x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
@@ -247,15 +247,13 @@ class MaskEmbed(nn.Module):
         dim, width, mlp = vit.embed_dim, decoder_width or vit.embed_dim, encoder.blocks[0].mlp
         encoder.head = nn.Linear(dim, width) if head == "linear" else Mlp(
             dim, mlp.fc2.in_features, width, act_layer=type(mlp.act))
-        last = encoder.head if head == "linear" else encoder.head.fc2
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in (encoder.head if head == "linear" else encoder.head.fc2).parameters():
+            nn.init.zeros_(parameter)
         self.decoder = Decoder(encoder, width, decoder_layers)
         self.to(next(vit.parameters()))  # its device and dtype
 
     def forward(self, images, masks):
-        embed = self.encoder.patch_embed
-        _check_batch(images, masks, embed.num_patches, (embed.proj.in_channels, *embed.img_size))
+        _check_batch(images, masks, self.encoder.patch_embed)
         tokens = self.encoder.fc_norm(self.encoder.forward_features(images))  # (B, T, D), once
         tokens = self.encoder.head(tokens)  # (B, T, W)
         return self.decoder(tokens, masks)[:, :, self.predicted]
@@ -415,12 +413,11 @@ def micro_batches(data, order, num_patches, args, process, *key):
                              args.full, generator)[process.rank::process.world][:len(share)]
         for i, m in enumerate(masks.split(args.batch_size)):
             images, problems = next(loader)
-            broken = [problem for problem in problems if problem]
-            for problem in set(broken) - data.named:
+            broken = {problem for problem in problems if problem}
+            for problem in broken - data.named:
                 tqdm.write(f"skipped {problem}", file=sys.stderr)
-            data.named.update(broken)
-            few = len(broken) <= max(1, len(images) // 2)
-            require(few, f"most of a batch is broken, for example {broken[:1]}")
+            data.named |= broken
+            require(len(broken) <= max(1, len(images) // 2), f"most of a batch is broken: {broken}")
             if data.mix:
                 np.random.seed(seed_of(*key, place, process.rank, i))
                 images, _ = data.mix(images, torch.zeros(len(images), dtype=torch.long))
@@ -438,24 +435,23 @@ def start_process(dtype="auto"):
     Returns Process(rank, world: how many, device, dtype, autocast: context of matrix products).
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, local = torch.device("cpu"), int(os.environ.get("LOCAL_RANK", 0))
-    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    device = torch.device("cpu")
+    bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # torch 2.4: not there
     if torch.cuda.is_available():
-        require(local < torch.cuda.device_count(), f"no GPU for process {local} of this machine")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        with explaining(f"no {device} for process {rank}: lower --nproc-per-node"):
+            torch.cuda.set_device(device)
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     elif torch.backends.mps.is_available() and world == 1:
         device, bf16 = torch.device("mps"), False
-    cuda = device.type == "cuda"
-    possible = {"cuda": ("bfloat16", "float16"), "cpu": ("bfloat16",)}.get(device.type, ())
-    require(dtype in ("auto", "float32", *possible), f"--dtype {dtype}: not on {device.type}")
     if dtype == "auto":
-        dtype = "bfloat16" if bf16 else "float16" if cuda else "float32"
+        dtype = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
+    fits = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}.get(dtype, [device.type])
+    require(device.type in fits, f"--dtype {dtype} is not for {device.type}")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    autocast = functools.partial(torch.autocast, "cuda" if cuda else "cpu", getattr(torch, dtype),
-                                 enabled=dtype != "float32")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    autocast = functools.partial(torch.autocast, "cuda" if device.type == "cuda" else "cpu",
+                                 getattr(torch, dtype), enabled=dtype != "float32")
     return Process(rank, world, device, getattr(torch, dtype), autocast)
 
 
@@ -509,14 +505,13 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
     Raises ValueError for a name unknown to timm (with the nearest), for what is no ViT, and, within
     seconds, where the weights are not cached and the hub cannot be reached.
     """
-    if ":" not in name:  # else hf-hub:... or local-dir:...
-        vits = timm.list_models(["vit_*", "deit*", "beit*", "eva*"])
-        near = difflib.get_close_matches(name.split(".")[0], vits, 3, cutoff=0)
-        require(timm.is_model(name), f"unknown model {name}: did you mean {', '.join(near)}?")
-        with explaining(f"cannot load {name}"):
-            _trunk(timm.create_model(name))  # is it a ViT? Before anything is downloaded
+    vits = timm.list_models(["vit_*", "deit*", "beit*", "eva*"])
+    near = difflib.get_close_matches(name.split(".")[0], vits, 3, cutoff=0)
+    require(timm.is_model(name), f"unknown model {name}: did you mean {', '.join(near)}?")
+    with explaining(f"cannot load {name}"):
+        _trunk(timm.create_model(name))  # is it a ViT? Before anything is downloaded
     pretrained = pretrained and not checkpoint
-    if pretrained or ":" in name:
+    if pretrained:
         try:  # the hub's client retries for a minute, unless told that it is offline
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
         except Exception:
@@ -525,8 +520,8 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
         vit = timm.create_model(name, pretrained, num_classes=0, img_size=img_size)
     embed = vit.patch_embed
     rest = any(pixels % patch for pixels, patch in zip(embed.img_size, embed.patch_size))
-    require(embed.num_patches and (embed.strict_img_size or not rest), f"--img-size {img_size} is no "
-            f"multiple of the patch size of {name}, {embed.patch_size}")
+    whole = embed.num_patches and (embed.strict_img_size or not rest)
+    require(whole, f"--img-size {img_size} does not divide into patches of {embed.patch_size}")
     if checkpoint:
         vit = _trunk(vit)
         load_weights(vit, read_file(checkpoint), checkpoint)
@@ -683,7 +678,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="MaskEmbed, arXiv 2410.11087",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)  # raises InputError(message), no usage lines
-    yes_no = argparse.BooleanOptionalAction
+    yes_no, dtypes = argparse.BooleanOptionalAction, ["auto", "bfloat16", "float16", "float32"]
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm ViT")
     g.add_argument("--pretrained", action=yes_no, default=True, help="weights from the model hub")
@@ -720,8 +715,7 @@ def parse_args(argv=None):
     g.add_argument("--clip-grad", type=float, default=1.0, help="greatest gradient norm, 0 = off")
     g.add_argument("--seed", type=int, default=0, help="of all that is random")
     g = parser.add_argument_group("run")
-    g.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
-                   help="of matrix products")
+    g.add_argument("--dtype", default="auto", choices=dtypes, help="of matrix products")
     g.add_argument("--compile", action=yes_no, help="torch.compile; on cuda if left out")
     g.add_argument("--out", metavar="DIR", help="output folder; output/MODEL if left out")
     g.add_argument("--resume", action=yes_no, default=False, help="go on from DIR/last.pt, if any")
@@ -729,33 +723,32 @@ def parse_args(argv=None):
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     args = parser.parse_args(argv)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
-    args.out = args.out or os.path.join("output", re.sub(r"[^\w.-]", "_", args.model))
+    args.out = args.out or os.path.join("output", args.model)
     positive = "img_size decoder_layers decoder_width num_images epochs batch_size accum log_every"
     for name, value in vars(args).items():
         low, high = int(name in positive.split()), 1 if name == "keep" else sys.float_info.max
         require(type(value) not in (int, float) or low <= value <= high,
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
-    require(args.warmup_epochs < args.epochs, "--warmup-epochs must be fewer than --epochs")
-    used = args.mask_kind != "uniform" or args.keep == parser.get_default("keep")
-    require(used, "--keep has no effect on uniform masks: choose another --mask-kind")
+    require(args.warmup_epochs < args.epochs, "--warmup-epochs must be less than --epochs")
+    require(args.mask_kind != "uniform" or args.keep == 0.5, "--keep does nothing to uniform masks")
     return args
 
 
 def read_run(args, window):
     """The dict in args.out/last.pt, or None where there is none. ValueError where there is a run
     but no --resume, or where a setting differs that matters."""
-    path = os.path.join(args.out, "last.pt")
-    traces = any(os.path.exists(os.path.join(args.out, name)) for name in ("last.pt", "log.jsonl"))
-    require(args.resume or not traces, f"{args.out} holds a run: pass --resume or another --out")
-    if not os.path.exists(path):
-        return None
-    saved = read_file(path)
+    path, log = (os.path.join(args.out, name) for name in ("last.pt", "log.jsonl"))
+    there = os.path.exists(path)
+    fresh = not there and not os.path.exists(log)
+    require(args.resume or fresh, f"{args.out} holds a run: pass --resume or another --out")
+    saved = read_file(path) if there else None
     with explaining(f"{path} is not from a run"):
-        before, now = saved["args"], {**vars(args), "global_batch": window}
+        before = saved["args"] if there else {}
     free = "batch_size accum workers compile out resume log_every wandb".split()
-    changed = [f"{name} was {before.get(name)}, not {value}" for name, value in now.items()
-               if name not in free and before.get(name) != value]
+    changed = [f"{name} was {before[name]}, not {value}" for name, value in
+               {**vars(args), "global_batch": window}.items()
+               if name in before and name not in free and before[name] != value]
     require(not changed, f"{'; '.join(changed)}: --resume with the settings of {path}, or start "
             "anew with another --out")
     return saved
@@ -805,21 +798,7 @@ def run(args):
                 file.seek(0)
                 lines = [line for line in file if json.loads(line)["step"] <= done]
             write_file(os.path.join(args.out, "log.jsonl"), b"".join(lines))
-        name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag") or "untagged"
-        weights = args.checkpoint or (tag if args.pretrained else "random weights")
-        if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2", tag):
-            weights += " (a bare name: weights that are fine-tuned, or newer than the paper's)"
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"model    {name}, {weights}; {trained:,} trained parameters")
-        pixels, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
-        print(f"input    {pixels} pixels, patches of {patch}: N = {teacher.num_patches}, P = "
-              f"{vit.num_prefix_tokens} prefix tokens, K = {1 + args.complement + args.full} masks")
-        print(f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} "
-              f"to train on, {len(val_set)} held out")
-        print(f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, from "
-              f"step {done}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = "
-              f"{process.world} processes x {args.batch_size} images x {args.accum}")
-        print(f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}")
+        describe(args, process, vit, model, teacher, train_set, val_set, done)
     val_loss = train(model, teacher, train_set, val_set, args, process, saved)
     if process.rank == 0:
         print(f"done     validation loss {val_loss:.4f} (1.0: the mean predictor's, for mse); the "
@@ -827,6 +806,26 @@ def run(args):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # leave together: gloo may hang otherwise, in torch 2.4
         torch.distributed.destroy_process_group()
+
+
+def describe(args, process, vit, model, teacher, train_set, val_set, done):
+    """Prints what is going to happen, and with which weights: a bare timm name may hide others."""
+    name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag") or "untagged"
+    weights = args.checkpoint or (tag if args.pretrained else "random weights")
+    if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2", tag):
+        weights += " (a bare name: weights that are fine-tuned, or newer than the paper's)"
+    embed, window = vit.patch_embed, args.batch_size * args.accum * process.world
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"model    {name}, {weights}; {trained:,} trained parameters\n"
+          f"input    {embed.img_size} pixels, patches of {embed.patch_size}: N = "
+          f"{teacher.num_patches}, P = {vit.num_prefix_tokens} prefix tokens, "
+          f"K = {1 + args.complement + args.full} masks\n"
+          f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} to "
+          f"train on, {len(val_set)} held out\n"
+          f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, from step "
+          f"{done}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = {process.world} "
+          f"processes x {args.batch_size} images x {args.accum}\n"
+          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}")
 
 
 def main(argv=None):

@@ -249,7 +249,7 @@ def test_library_refuses_bad_input():
         "int32": lambda: teacher(images.int(), masks), "bool": lambda: model(images, masks.bool()),
         "28": lambda: teacher(images[..., 4:], masks),
         "1, 32, 32": lambda: model(images[:, :1], masks),
-        r"\(B, K, 4\)": lambda: mask_pixels(images, masks, 16),
+        r"K, 4\)": lambda: mask_pixels(images, masks, 16),
         "huber": lambda: reconstruction_loss(masks, masks, masks, "huber"),
         r"\(2, 1, 4\)": lambda: reconstruction_loss(torch.ones(2, 1, 4), torch.ones(2, 4), masks),
     }
@@ -422,7 +422,7 @@ def test_bad_input_is_one_line_and_exit_code_2(photos, tmp_path, capsys, monkeyp
         "--skip-blocks 6": "skip_blocks 6", "--decoder-width 63": "63", "--lr -1": "--lr",
         "--lr 1 --min-lr 2": "--min-lr", "--warmup-epochs 2": "--warmup-epochs", "--nope": "--nope",
         "--mask-kind spiral": "spiral", "--mixup 0.5 --batch-size 5": "even", "--lr inf": "--lr",
-        "--dtype float16": "not on cpu", "--out cut.pt/x": "cannot write",
+        "--dtype float16": "not for cpu", "--out cut.pt/x": "cannot write",
         "--img-size 8": "--img-size 8",
         "--checkpoint none.pt": "none.pt", "--checkpoint cut.pt": "cut.pt",
         "--checkpoint evil.pt": "evil.pt", "--checkpoint other.pt": "does not fit",
