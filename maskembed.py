@@ -37,6 +37,8 @@ from timm.data import Mixup, create_dataset, create_transform, resolve_model_dat
 from timm.layers import Mlp, PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from timm.models.vision_transformer import Attention, Block
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 MASKS = ("uniform", "bernoulli", "blockwise")
@@ -169,8 +171,12 @@ class Teacher(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images, masks):
+        return self.tokens(images, masks)[:, :, self.predicted].mul_(self.scale)
+
+    @torch.no_grad()
+    def tokens(self, images, masks):
+        """f(m * x), all tokens, (B, K, T, D)."""
         _check_batch(images, masks, self.patch_embed)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
         # image once and put a blank patch's embedding where the mask is 0. Equal to mask_pixels.
@@ -179,7 +185,7 @@ class Teacher(nn.Module):
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
         x = torch.where(visible, x[:, None], blank).flatten(0, 1)  # (B * K, N, D)
         x = self.vit.fc_norm(self.vit.forward_features(x))  # (B * K, T, D); norm is in either place
-        return x.unflatten(0, masks.shape[:2])[:, :, self.predicted].mul_(self.scale)
+        return x.unflatten(0, masks.shape[:2])
 
 
 # ---- encoder and decoder -------------------------------------------------------------------------
@@ -288,17 +294,32 @@ def reconstruction_loss(prediction, target, masks, kind="mse"):
 LETTERS = "ACEHKSTX"
 
 
-def draw_letters(index, size=48, seed=0):
-    """Built-in image `index`, PIL RGB: 1 to 4 letters, random colours, on smooth coloured noise."""
-    rng = random.Random(f"{seed} {index}")
-    image = Image.frombytes("RGB", (6, 6), rng.randbytes(108)).resize((size, size), Image.BICUBIC)
-    cell, font = max(1, size // 3), ImageFont.load_default(size=max(1, 0.36 * size))
-    for place in rng.sample(range(9), rng.randint(1, 4)):
-        glyph, middle = Image.new("L", (cell, cell)), (cell / 2, cell / 2)
-        ImageDraw.Draw(glyph).text(middle, rng.choice(LETTERS), 255, font, anchor="mm")
-        glyph = glyph.rotate(rng.uniform(-15, 15), Image.BICUBIC)
-        image.paste(tuple(rng.randbytes(3)), (place % 3 * cell, place // 3 * cell), glyph)
-    return image
+class Letters:
+    """`count` built-in images, by index and seed alone: [i] -> (image, ink), PIL, size x size.
+
+    image, RGB: 1 to 4 letters in strong colours on smooth soft noise, each in a cell of a 3 x 3
+    grid, a little rotated. ink, L: 1 + the letter's place in LETTERS where there is one, else 0.
+    """
+
+    def __init__(self, count, size=48, seed=0):
+        self.count, self.size, self.seed = count, size, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        rng, shape = random.Random(f"{self.seed} {index}"), (self.size, self.size)
+        noise = Image.frombytes("RGB", (6, 6), bytes(64 + b // 2 for b in rng.randbytes(108)))
+        image, ink = noise.resize(shape, Image.BICUBIC), Image.new("L", shape)
+        cell, font = max(1, self.size // 3), ImageFont.load_default(size=max(1, 0.376 * self.size))
+        for place in rng.sample(range(9), rng.randint(1, 4)):
+            letter, corner = rng.randrange(len(LETTERS)), (place % 3 * cell, place // 3 * cell)
+            glyph, middle = Image.new("L", (cell, cell)), (cell / 2, cell / 2)
+            ImageDraw.Draw(glyph).text(middle, LETTERS[letter], 255, font, anchor="mm")
+            glyph = glyph.rotate(rng.uniform(-15, 15), Image.BICUBIC)
+            image.paste(tuple(255 * (b > 127) for b in rng.randbytes(3)), corner, glyph)
+            ink.paste(letter + 1, corner, glyph.point(lambda value: 255 * (value > 127)))
+        return image, ink
 
 
 @contextlib.contextmanager
@@ -313,7 +334,7 @@ def explaining(what):
 
 
 def read_image(data, index):
-    """Image `index` of a timm or torchvision data set, PIL RGB; ValueError names a broken one."""
+    """Image `index` of Letters, or of a timm or torchvision data set; ValueError if it is broken."""
     if not hasattr(data, "reader"):
         return data[index][0].convert("RGB")
     try:
@@ -362,8 +383,7 @@ def open_images(args, vit, window):
     """
     path, size, config = args.data, vit.patch_embed.img_size, resolve_model_data_config(vit)
     if path is None:
-        letters = functools.partial(draw_letters, size=max(size), seed=args.seed)
-        sources = [(letters, args.num_images)]
+        sets = [Letters(args.num_images, max(size), args.seed)]
     else:
         found, splits = os.path.exists(path), ["train", "val"]
         require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or "
@@ -374,7 +394,7 @@ def open_images(args, vit, window):
         with explaining(f"--data {path}"):
             sets = [create_dataset("" if found else path, root, split, download=not found)
                     for split in splits]
-        sources = [(functools.partial(read_image, data), len(data)) for data in sets]
+    sources = [(functools.partial(read_image, data), len(data)) for data in sets]
     (read, count), (read_val, count_val) = sources[0], sources[-1]
     train, val = np.arange(count), np.arange(count_val)
     if len(sources) == 1:
@@ -571,6 +591,15 @@ def validation_mean(function, size, data, num_patches, args, process):
     return [total / count for total in totals]
 
 
+def measure_scale(teacher, data, args, process):
+    """Sets s = 1 / std of all target entries, over images, masks, tokens and channels of `data`."""
+    def moments(images, masks):
+        target = teacher(images, masks).float()
+        return [target.mean(), target.square().mean()]
+    mean, square = validation_mean(moments, 2, data, teacher.num_patches, args, process)
+    teacher.scale.fill_((square - mean ** 2) ** -0.5)
+
+
 def update(model, teacher, batches, optimizer, scaler, args, process):
     """One optimizer step over `accum` micro-batches -> its mean loss here, left on the device."""
     total = torch.zeros((), device=process.device)
@@ -644,6 +673,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
             shown["val"], best = f"{val_loss:.4f}", min(best, val_loss)
             bar.set_postfix(shown)
             if process.rank == 0:
+                picture(os.path.join(args.out, "patches.png"), model, teacher, val_set, process)
                 save(args, model, dict(
                     model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                     scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss,
@@ -670,6 +700,173 @@ def save(args, model, state):
     about = json.dumps({k: state["args"][k] for k in ("model", "softcap", "img_size")})
     encoder = safetensors.torch.save(encoder, metadata={"maskembed": about})
     write_file(os.path.join(args.out, "encoder.safetensors"), encoder)
+
+
+# ---- pictures and the demo -----------------------------------------------------------------------
+COLOURS = torch.tensor([[40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
+                        [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]]) / 255
+
+
+def principal_colours(tokens, grid):
+    """Patch embeddings (n, N, D) -> (n, 3, *grid) in 0..1: their first 3 principal components."""
+    x = tokens.float().flatten(0, 1)
+    x = x - x.mean(dim=0)
+    x = x @ torch.linalg.eigh(x.T @ x)[1][:, -3:].flip(1)  # (n N, 3), the largest first
+    low, high = x.quantile(0.02, dim=0), x.quantile(0.98, dim=0)
+    return ((x - low) / (high - low)).clamp(0, 1).view(len(tokens), *grid, 3).permute(0, 3, 1, 2)
+
+
+def save_picture(path, columns, legend=(), size=128):
+    """A labelled grid: columns {title: (n, 3, h, w) in 0..1}; legend [(text, colour (3,))]."""
+    panels = [F.interpolate(c.float().cpu(), (size, size)) for c in columns.values()]
+    grid = make_grid(torch.stack(panels, 1).flatten(0, 1), len(panels), padding=6, pad_value=1)
+    image = to_pil_image(F.pad(grid, (0, 0, 40, 36 * bool(legend)), value=1.0))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=16)
+    for i, title in enumerate(columns):
+        draw.multiline_text((6 + i * (size + 6), 2), title, fill="black", font=font, spacing=1)
+    for i, (text, colour) in enumerate(legend):
+        left, top = 8 + i * (image.width - 8) // len(legend), image.height - 30
+        fill = tuple(int(255 * value) for value in colour)
+        draw.rectangle((left, top, left + 20, top + 20), fill=fill, outline="black")
+        draw.text((left + 26, top), text, fill="black", font=font)
+    image.save(path)
+
+
+@torch.no_grad()
+def picture(path, model, teacher, data, process):
+    """Eight images of `data` and their patch embeddings before and after, components as colours."""
+    images = torch.stack([data[i][0] for i in range(min(8, len(data)))]).to(process.device)
+    grid, encoder = model.encoder.patch_embed.grid_size, model.encoder
+    with process.autocast():
+        before = teacher.tokens(images, images.new_ones(len(images), 1, teacher.num_patches))[:, 0]
+        after = encoder.fc_norm(encoder.forward_features(images))
+    before, after = (principal_colours(x[:, -teacher.num_patches:].float().cpu(), grid)
+                     for x in (before, after))
+    low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
+    save_picture(path, {"image": (images - low) / (high - low), "before:\nteacher": before,
+                        "after:\nencoder": after})
+
+
+def patch_labels(ink, patch_size):
+    """Letters' ink (n, H, W), as integers -> (n, N): the letter that covers most of each patch.
+
+    0 is background: less than a sixteenth of the patch is one letter's.
+    """
+    pixels = ink.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size).flatten(3)
+    counts = F.one_hot(pixels.long(), len(LETTERS) + 1).sum(3).flatten(1, 2)[..., 1:]  # (n, N, 8)
+    return torch.where(counts.amax(2) * 16 >= patch_size ** 2, counts.argmax(2) + 1, 0)
+
+
+def probe(train, labels, test, test_labels, classes=len(LETTERS) + 1):
+    """Linear classifier on frozen features (n, N, D), labels (n, N), by logistic regression.
+
+    Returns what it reads from the test features, (m, N), and the means over the classes, without
+    background (0), of intersection over union and of recall.
+    """
+    mean, std = train.flatten(0, 1).mean(0), train.flatten(0, 1).std(0) + 1e-6
+    x, y = ((train - mean) / std).flatten(0, 1), labels.flatten()
+    linear = nn.Linear(len(mean), classes)
+    nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(linear(x), y) + 1e-4 * linear.weight.square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    read = linear((test - mean) / std).argmax(dim=2)
+    hits, reads, truths = (F.one_hot(c.flatten(), classes + 1).sum(0)[1:classes].double() for c in (
+        torch.where(read == test_labels, read, classes), read, test_labels))
+    iou, recall = hits / (reads + truths - hits).clamp(min=1), hits / truths.clamp(min=1)
+    return read, iou.mean().item(), recall.mean().item()
+
+
+class Drawn(Images):
+    """Images that are tensors already: a demo has no time to decode them again."""
+
+    def __getitem__(self, i):
+        return self.read[i], ""
+
+
+def pretrain(vit, images, present, steps):
+    """Teaches a ViT which letters are in an image, present (n, 8), and nothing about where."""
+    optimizer = torch.optim.AdamW(vit.parameters(), 2e-3)
+    for step in tqdm(range(steps), "pretrain"):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, steps // 10, 2e-3, 0.0)
+        batch = torch.randint(len(images), (128,))
+        loss = F.binary_cross_entropy_with_logits(vit(images[batch]), present[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    vit.eval()
+
+
+def demo(args):
+    """The paper's story in minutes, on the CPU: pretrain, align, probe, look; files in args.out."""
+    process = Process(0, 1, torch.device("cpu"), torch.float32, contextlib.nullcontext)
+    steps, many = args.demo, min(2000, 8 * args.demo)  # images to fit the probes, images to test
+    torch.manual_seed(args.seed)
+    taken = os.path.exists(os.path.join(args.out, "last.pt"))
+    require(not taken, f"{args.out} holds a run: choose another --out")
+    with explaining(f"cannot write to --out {args.out}"):
+        os.makedirs(args.out, exist_ok=True)
+        write_file(os.path.join(args.out, "log.jsonl"), b"")
+    letters = Letters(32 * steps + 2 * many, seed=args.seed)
+    drawn = [letters[i] for i in tqdm(range(len(letters)), "draw letters")]
+    images = torch.stack([pil_to_tensor(image) for image, _ in drawn]) / 127.5 - 1
+    labels = patch_labels(torch.stack([pil_to_tensor(ink)[0] for _, ink in drawn]), 8)
+    present = F.one_hot(labels, 9).amax(1)[:, 1:].float()  # (n, 8): which letters are in the image
+    train_images, fit, test = images.split([32 * steps, many, many])
+    fit_labels, test_labels = labels[32 * steps:].split(many)
+
+    vit = VisionTransformer(48, 8, num_classes=8, embed_dim=64, depth=4, num_heads=4)
+    pretrain(vit, train_images, present, steps)
+    with torch.no_grad():
+        said, truth = vit(test) > 0, present[-many:] > 0
+    f1 = 2 * (said & truth).sum().item() / (said.sum() + truth.sum()).item()
+    write_log(args, process, step=steps, name="pretraining", f1=f1)
+    print(f"pretrained: F1 {f1:.3f} for which letters are in a new image")
+
+    def probed(name, features):
+        with torch.no_grad():
+            known, new = (torch.cat([features(x) for x in part.split(500)]) for part in (fit, test))
+        read, iou, recall = probe(known, fit_labels, new, test_labels)
+        write_log(args, process, step=steps, name=name, iou=iou, recall=recall)
+        print(f"{name:24} mean IoU {iou:.3f}, mean recall {recall:.3f}")
+        return iou, read, new
+    best = max((probed(f"teacher, block {i + 1}", lambda x: vit.forward_intermediates(
+        x, indices=[i], intermediates_only=True, output_fmt="NLC")[0]) for i in range(4)),
+        key=lambda result: result[0])
+    results = {}
+    whole = "--mask-kind bernoulli --keep 1 --no-complement --no-full"  # the full mask alone
+    for name, flags in (("aligned", ""), ("control", whole)):
+        words = f"--epochs 2 --batch-size 64 --lr 2e-3 --workers 0 --seed {args.seed} {flags}"
+        settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
+        os.makedirs(settings.out, exist_ok=True)
+        teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
+        sets = [Drawn(x, range(len(x)), None, args.seed) for x in (train_images, fit[:256])]
+        measure_scale(teacher, sets[1], settings, process)
+        train(model, teacher, *sets, settings, process)
+        results[name] = probed(name, lambda x: model.encoder.forward_features(x)[:, 1:])
+    gains = [results["aligned"][0] - other[0] for other in (best, results["control"])]
+    print("gain in mean IoU: {:+.3f} over the teacher's best block, {:+.3f} over the control, which "
+          "saw full masks only".format(*gains))
+    demo_picture(os.path.join(args.out, "patches.png"), test, test_labels, best, results["aligned"])
+
+
+def demo_picture(path, test, labels, before, after):
+    """Six images with many letters: true labels, what the probes read, principal components."""
+    show = (labels > 0).sum(1).argsort(descending=True, stable=True)[:6]
+    tiles = {"true\nletters": labels, "read from\nteacher": before[1],
+             "read from\naligned": after[1]}
+    columns = {"image": (test[show] + 1) / 2}
+    for title, classes in tiles.items():
+        columns[title] = COLOURS[classes[show]].view(-1, 6, 6, 3).permute(0, 3, 1, 2)
+    for title, tokens in (("components,\nteacher", before[2]), ("components,\naligned", after[2])):
+        columns[title] = principal_colours(tokens[show], (6, 6))
+    save_picture(path, columns, list(zip(["none", *LETTERS], COLOURS)))
+    print(f"picture: {path}")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -721,12 +918,15 @@ def parse_args(argv=None):
     g.add_argument("--resume", action=yes_no, default=False, help="go on from DIR/last.pt, if any")
     g.add_argument("--log-every", type=int, default=20, help="updates from log to log")
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
+    g.add_argument("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the story, "
+                   "in 3 minutes: 500 steps; --demo 80 is a quick look")
     args = parser.parse_args(argv)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
-    args.out = args.out or os.path.join("output", args.model)
-    positive = "img_size decoder_layers decoder_width num_images epochs batch_size accum log_every"
+    args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
+    positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
+                "accum", "log_every", "demo")
     for name, value in vars(args).items():
-        low, high = int(name in positive.split()), 1 if name == "keep" else sys.float_info.max
+        low, high = int(name in positive), 1 if name == "keep" else sys.float_info.max
         require(type(value) not in (int, float) or low <= value <= high,
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
@@ -783,11 +983,8 @@ def run(args):
     if saved:
         model.load_state_dict(saved["model"])
         teacher.scale.fill_(saved["scale"])
-    elif args.loss == "mse":  # s = 1 / std of all target entries
-        mean, square = validation_mean(
-            lambda x, m: [(target := teacher(x, m).float()).mean(), target.square().mean()], 2,
-            val_set, teacher.num_patches, args, process)
-        teacher.scale.fill_((square - mean ** 2) ** -0.5)
+    elif args.loss == "mse":
+        measure_scale(teacher, val_set, args, process)
     done = saved["step"] if saved else 0
     if process.rank == 0:
         with explaining(f"cannot write to --out {args.out}"):
@@ -831,7 +1028,8 @@ def describe(args, process, vit, model, teacher, train_set, val_set, done):
 def main(argv=None):
     """The command line: python maskembed.py --help. Bad input: one line on stderr, exit code 2."""
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        demo(args) if args.demo else run(args)
     except InputError as error:
         print(f"maskembed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)

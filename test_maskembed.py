@@ -1,6 +1,7 @@
 """What maskembed.py promises, tested on tiny ViTs; no network, no GPU: python -m pytest -q"""
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.models import Beit, Eva, VisionTransformer
+from torchvision.transforms.functional import pil_to_tensor
 
 import maskembed
 from maskembed import MaskEmbed, Teacher, mask_pixels, reconstruction_loss, sample_masks
@@ -290,7 +292,7 @@ def photos(tmp_path_factory):
     for i in range(50):
         path = folder / f"class {i % 3}" / f"bild-ä{i}.jpg"
         path.parent.mkdir(exist_ok=True)
-        maskembed.draw_letters(i, 40 + i).save(path)
+        maskembed.Letters(50, 40 + i)[i][0].save(path)
     Image.new("CMYK", (1, 90)).save(folder / "cmyk.jpg")
     Image.new("P", (30, 30)).save(folder / "p.png")
     whole = (folder / "class 0" / "bild-ä0.jpg").read_bytes()
@@ -443,7 +445,7 @@ def test_bad_input_is_one_line_and_exit_code_2(photos, tmp_path, capsys, monkeyp
 
 def test_most_of_a_batch_broken(tmp_path, capsys):
     for i in range(40):
-        maskembed.draw_letters(i).save(tmp_path / f"{i}.png")
+        maskembed.Letters(50)[i][0].save(tmp_path / f"{i}.png")
         if i % 10 > 3:
             (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit):
@@ -457,7 +459,7 @@ def test_data_layouts_and_options(photos, tmp_path, monkeypatch):
         for i in range(count):
             path = tmp_path / "split" / split / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            maskembed.draw_letters(i).save(path)
+            maskembed.Letters(50)[i][0].save(path)
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(tmp_path / "split" / "train", "images")
     vit = timm.create_model("test_vit", img_size=32)
@@ -512,6 +514,57 @@ def test_learning_rate():
     rates = [maskembed.learning_rate(step, 110, 10, 1.0, 0.1) for step in range(111)]
     assert (rates[0], rates[10], rates[60], rates[110]) == pytest.approx((0.1, 1.0, 0.55, 0.1))
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_letters_and_their_labels():
+    for size, patch in ((48, 8), (224, 16), (5, 2)):
+        image, ink = maskembed.Letters(9, size, seed=3)[7]
+        assert image.size == ink.size == (size, size) and image.mode == "RGB"
+        again = maskembed.Letters(20, size, seed=3)[7]
+        assert image.tobytes() == again[0].tobytes() and ink.tobytes() == again[1].tobytes()
+    assert image.tobytes() != maskembed.Letters(9, size, seed=4)[7][0].tobytes()
+    inks = torch.stack([pil_to_tensor(maskembed.Letters(99)[i][1])[0] for i in range(99)])
+    labels = maskembed.patch_labels(inks, 8).view(-1, 6, 6)
+    for i, row, column in itertools.product(range(99), range(6), range(6)):
+        there = inks[i, 8 * row:8 * row + 8, 8 * column:8 * column + 8].flatten()
+        letter = labels[i, row, column].item()
+        amount = there.bincount(minlength=9)[1:]
+        assert (amount.max() < 4) if letter == 0 else amount[letter - 1] == amount.max() >= 4
+    assert set(labels.unique().tolist()) == set(range(9))
+    image, ink = maskembed.Letters(99)[0]  # the letter's ink is where its colour is
+    colours = pil_to_tensor(image)[:, inks[0] > 0]
+    assert ((colours < 60) | (colours > 195)).float().mean() > 0.8
+
+
+def test_probe_near_chance_and_near_one():
+    g = torch.Generator().manual_seed(0)
+    labels, test_labels = (torch.randint(9, (200, 36), generator=g) for _ in range(2))
+    onehot = [nn.functional.one_hot(y, 9).float() for y in (labels, test_labels)]
+    read, iou, recall = maskembed.probe(onehot[0], labels, onehot[1], test_labels)
+    assert iou > 0.99 and recall > 0.99 and (read == test_labels).float().mean() > 0.99
+    shuffled = labels.flatten()[torch.randperm(7200, generator=g)].view(200, 36)
+    _, iou, recall = maskembed.probe(onehot[0], shuffled, onehot[1], test_labels)
+    assert iou < 0.1 and recall < 0.2  # chance: 1/17 and 1/9
+
+
+def test_demo_of_20_steps(tmp_path):
+    for _ in range(2):  # its own folder may be used again; the same seed gives the same figures
+        result = program("--demo", "20", "--out", "d", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        entries = log(tmp_path / "d")
+        names = [e["name"] for e in entries]
+        assert names == ["pretraining", *(f"teacher, block {i}" for i in (1, 2, 3, 4)),
+                         "aligned", "control"]
+        for entry in entries[1:]:
+            assert f"{entry['name']:24} mean IoU {entry['iou']:.3f}" in result.stdout
+    assert len({result.stdout, program("--demo", "20", "--out", "d", cwd=tmp_path).stdout}) == 1
+    picture = pil_to_tensor(Image.open(tmp_path / "d" / "patches.png"))
+    assert picture.shape == (3, 40 + 6 + 6 * 134 + 36, 6 + 6 * 134)
+    panels = [picture[:, 46:46 + 6 * 134, 6 + 134 * i:134 + 134 * i] for i in range(6)]
+    for one, other in itertools.combinations(panels, 2):
+        assert not torch.equal(one, other)
+    assert len(panels[1].flatten(1).unique(dim=1).T) <= 10  # class colours, and the white between
+    assert (tmp_path / "d" / "aligned" / "patches.png").exists()
 
 
 def test_every_command_of_configs_md():
