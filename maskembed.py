@@ -18,7 +18,7 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     h      MaskEmbed.decoder  (B, K, T, D)  hidden, and `keep` is the visible share, everywhere.
     s      Teacher.scale      scalar        s = 1 / standard deviation of the targets
 
-    python maskembed.py --model test_vit --no-pretrained                     # a look, on a laptop
+    python maskembed.py --demo                                               # 3 minutes, a laptop
     python maskembed.py --model vit_base_patch16_clip_224.openai --data DIR  # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
@@ -322,6 +322,17 @@ class Letters:
         return image, ink
 
 
+def patch_labels(ink, patch_size):
+    """Letters' ink (n, H, W), as integers -> (n, N): the letter that covers most of each patch.
+
+    0 is background: less than a sixteenth of the patch is one letter's.
+    """
+    pixels = ink.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size).flatten(3)
+    counts = [(pixels == letter + 1).sum(3).flatten(1) for letter in range(len(LETTERS))]
+    most, letter = torch.stack(counts, dim=2).max(dim=2)  # (n, N) each
+    return torch.where(most * 16 >= patch_size ** 2, letter + 1, 0)
+
+
 @contextlib.contextmanager
 def explaining(what):
     """Turns whatever fails inside into an InputError that begins with `what`."""
@@ -334,7 +345,7 @@ def explaining(what):
 
 
 def read_image(data, index):
-    """Image `index` of Letters, or of a timm or torchvision data set; ValueError if it is broken."""
+    """Image `index` of Letters or of a timm or torchvision data set; ValueError if it is broken."""
     if not hasattr(data, "reader"):
         return data[index][0].convert("RGB")
     try:
@@ -702,11 +713,7 @@ def save(args, model, state):
     write_file(os.path.join(args.out, "encoder.safetensors"), encoder)
 
 
-# ---- pictures and the demo -----------------------------------------------------------------------
-COLOURS = torch.tensor([[40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
-                        [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]]) / 255
-
-
+# ---- pictures ------------------------------------------------------------------------------------
 def principal_colours(tokens, grid):
     """Patch embeddings (n, N, D) -> (n, 3, *grid) in 0..1: their first 3 principal components."""
     x = tokens.float().flatten(0, 1)
@@ -747,14 +754,9 @@ def picture(path, model, teacher, data, process):
                         "after:\nencoder": after})
 
 
-def patch_labels(ink, patch_size):
-    """Letters' ink (n, H, W), as integers -> (n, N): the letter that covers most of each patch.
-
-    0 is background: less than a sixteenth of the patch is one letter's.
-    """
-    pixels = ink.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size).flatten(3)
-    counts = F.one_hot(pixels.long(), len(LETTERS) + 1).sum(3).flatten(1, 2)[..., 1:]  # (n, N, 8)
-    return torch.where(counts.amax(2) * 16 >= patch_size ** 2, counts.argmax(2) + 1, 0)
+# ---- demo ----------------------------------------------------------------------------------------
+COLOURS = torch.tensor([[40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
+                        [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]]) / 255
 
 
 def probe(train, labels, test, test_labels, classes=len(LETTERS) + 1):
@@ -814,7 +816,7 @@ def demo(args):
         write_file(os.path.join(args.out, "log.jsonl"), b"")
     letters = Letters(32 * steps + 2 * many, seed=args.seed)
     drawn = [letters[i] for i in tqdm(range(len(letters)), "draw letters")]
-    images = torch.stack([pil_to_tensor(image) for image, _ in drawn]) / 127.5 - 1
+    images = torch.stack([pil_to_tensor(image) for image, _ in drawn]).float().div_(127.5).sub_(1)
     labels = patch_labels(torch.stack([pil_to_tensor(ink)[0] for _, ink in drawn]), 8)
     present = F.one_hot(labels, 9).amax(1)[:, 1:].float()  # (n, 8): which letters are in the image
     train_images, fit, test = images.split([32 * steps, many, many])
@@ -850,8 +852,8 @@ def demo(args):
         train(model, teacher, *sets, settings, process)
         results[name] = probed(name, lambda x: model.encoder.forward_features(x)[:, 1:])
     gains = [results["aligned"][0] - other[0] for other in (best, results["control"])]
-    print("gain in mean IoU: {:+.3f} over the teacher's best block, {:+.3f} over the control, which "
-          "saw full masks only".format(*gains))
+    print("gain in mean IoU: {:+.3f} over the teacher's best block, {:+.3f} over the control (full "
+          "masks only)".format(*gains))
     demo_picture(os.path.join(args.out, "patches.png"), test, test_labels, best, results["aligned"])
 
 
