@@ -815,9 +815,12 @@ def demo(args):
         os.makedirs(args.out, exist_ok=True)
         write_file(os.path.join(args.out, "log.jsonl"), b"")
     letters = Letters(32 * steps + 2 * many, seed=args.seed)
-    drawn = [letters[i] for i in tqdm(range(len(letters)), "draw letters")]
-    images = torch.stack([pil_to_tensor(image) for image, _ in drawn]).float().div_(127.5).sub_(1)
-    labels = patch_labels(torch.stack([pil_to_tensor(ink)[0] for _, ink in drawn]), 8)
+    images = torch.empty(len(letters), 3, 48, 48)
+    inks = torch.empty(len(letters), 48, 48, dtype=torch.uint8)
+    for i in tqdm(range(len(letters)), "draw letters"):
+        image, ink = letters[i]
+        images[i], inks[i] = pil_to_tensor(image) / 127.5 - 1, pil_to_tensor(ink)[0]
+    labels = patch_labels(inks, 8)
     present = F.one_hot(labels, 9).amax(1)[:, 1:].float()  # (n, 8): which letters are in the image
     train_images, fit, test = images.split([32 * steps, many, many])
     fit_labels, test_labels = labels[32 * steps:].split(many)
