@@ -925,7 +925,11 @@ def parse_args(argv=None):
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     g.add_argument("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the story, "
                    "in 3 minutes: 500 steps; --demo 80 is a quick look")
-    args = parser.parse_args(argv)
+    return checked(parser.parse_args(argv))
+
+
+def checked(args):
+    """The same settings, dependent defaults filled in; ValueError where one is out of range."""
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
     positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
