@@ -22,8 +22,8 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     python maskembed.py --model vit_base_patch16_clip_224.openai --data DIR  # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
-import argparse, collections, contextlib, copy, difflib, functools, json, math, os, random, re, sys
-import time, zlib
+import argparse, collections, contextlib, copy, difflib, functools, itertools, json, math, os, re
+import random, signal, sys, threading, time, zlib
 
 import huggingface_hub
 import numpy as np
@@ -37,6 +37,7 @@ from timm.data import Mixup, create_dataset, create_transform, resolve_model_dat
 from timm.layers import Mlp, PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from timm.models.vision_transformer import Attention, Block
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -47,6 +48,10 @@ LOSSES = ("mse", "l1", "cosine", "masked", "unmasked")
 
 class InputError(ValueError):
     """What was passed cannot be used; the text names it and says what to do about it."""
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came, and all processes have agreed to end here, between two updates."""
 
 
 def require(condition, message):
@@ -70,6 +75,8 @@ def sample_masks(batch_size, num_patches, kind="uniform", keep=0.5, complement=T
     require(kind in MASKS, f"unknown mask kind {kind!r}: choose one of {', '.join(MASKS)}")
     require(0 <= keep <= 1, f"keep is the share of visible patches, 0 to 1, not {keep}")
     device = device or (generator.device if generator else None)
+    fits = not generator or generator.device.type == torch.device(device).type
+    require(fits, f"a generator on {generator and generator.device} cannot draw masks on {device}")
     rand = functools.partial(torch.rand, generator=generator, device=device)
     if kind == "uniform":
         drawn = rand(batch_size, num_patches) > rand(batch_size, 1)  # u_i > u
@@ -112,22 +119,31 @@ def mask_pixels(images, masks, patch_size):
     beyond the last whole patch are hidden: no patch sees them. ValueError if N is another grid's.
     """
     p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    require(images.ndim == 4 and min(p, q) > 0, f"need images (B, C, H, W) and patches of 1 pixel "
+            f"or more, not {tuple(images.shape)} and {p} x {q}")
     height, width = images.shape[-2:]
     rows, columns = height // p, width // q
-    require(masks.shape[2:] == (rows * columns,), f"masks {tuple(masks.shape)} are not (B, K, "
-            f"{rows * columns}), a {rows} x {columns} grid")
+    fits = masks.ndim == 3 and masks.shape[::2] == (len(images), rows * columns)
+    require(fits and images.device == masks.device, f"masks {tuple(masks.shape)} on {masks.device} "
+            f"are not ({len(images)}, K, {rows * columns}), a {rows} x {columns} grid, on "
+            f"{images.device}")
     pixels = masks.unflatten(2, (rows, columns)).repeat_interleave(p, 2).repeat_interleave(q, 3)
     pixels = F.pad(pixels, (0, width - columns * q, 0, height - rows * p))  # (B, K, H, W)
     return images[:, None] * pixels[:, :, None]
 
 
 def _check_batch(images, masks, embed):
-    shape = (embed.proj.in_channels, *embed.img_size)
+    shape, like = (embed.proj.in_channels, *embed.img_size), embed.proj.weight
     fits = images.shape[1:] == shape and masks.ndim == 3 and masks.shape[2] == embed.num_patches
-    floats = images.is_floating_point() and masks.is_floating_point()
-    require(fits and floats and len(images) == len(masks) > 0,
-            f"need B > 0 float images {shape} and masks (K, {embed.num_patches}) of each, not "
-            f"{tuple(images.shape)} {images.dtype} and {tuple(masks.shape)} {masks.dtype}")
+    kinds = images.dtype == like.dtype and masks.is_floating_point()
+    places = images.device == masks.device == like.device
+    require(fits and kinds and places and len(images) == len(masks) and masks.numel() > 0,
+            f"need B > 0 images {shape} {like.dtype} and float masks (K > 0, {embed.num_patches}) "
+            f"of each, on {like.device}, not {tuple(images.shape)} {images.dtype} {images.device} "
+            f"and {tuple(masks.shape)} {masks.dtype} {masks.device}")
+    if masks.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait
+        require(((masks == 0) | (masks == 1)).all(), f"masks {tuple(masks.shape)} hold other "
+                "values than 0 and 1")
 
 
 # ---- teacher -------------------------------------------------------------------------------------
@@ -275,9 +291,10 @@ def reconstruction_loss(prediction, target, masks, kind="mse"):
     """
     require(kind in LOSSES, f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
     shapes = tuple(prediction.shape), tuple(target.shape), tuple(masks.shape)
-    fits = shapes[0] == shapes[1] and shapes[1][:2] == shapes[2][:2] and masks.is_floating_point()
-    require(fits, "need prediction and target (B, K, T, D) and float masks (B, K, N), not {}, {} "
-            "and {}".format(*shapes))
+    floats = all(x.is_floating_point() for x in (prediction, target, masks))
+    fits = shapes[0] == shapes[1] and shapes[1][:2] == shapes[2][:2] and target.numel() > 0
+    require(fits and floats and len(shapes[0]) == 4 and len(shapes[2]) == 3, "need prediction and "
+            "target (B, K, T, D) and masks (B, K, N), all float, not {}, {} and {}".format(*shapes))
     if kind == "mse":
         return F.mse_loss(prediction, target)
     if kind == "l1":
@@ -308,6 +325,8 @@ class Letters:
         return self.count
 
     def __getitem__(self, index):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
         rng, shape = random.Random(f"{self.seed} {index}"), (self.size, self.size)
         noise = Image.frombytes("RGB", (6, 6), bytes(64 + b // 2 for b in rng.randbytes(108)))
         image, ink = noise.resize(shape, Image.BICUBIC), Image.new("L", shape)
@@ -344,15 +363,41 @@ def explaining(what):
         raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
+def find_images(folder):
+    """Paths of all images in a folder and the folders in it, sorted; loops of links do no harm."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=skipped):
+        folders.sort()
+        if os.path.realpath(place) in seen:  # a link has led to where we were before
+            folders.clear()
+        else:
+            seen.add(os.path.realpath(place))
+            files += [os.path.join(place, name) for name in sorted(names)
+                      if name.lower().endswith((*IMG_EXTENSIONS, ".gif"))]
+    return files
+
+
+def skipped(problem):
+    """Names on stderr what could not be read."""
+    tqdm.write(f"skipped {problem}".encode(errors="replace").decode(), file=sys.stderr)
+
+
 def read_image(data, index):
-    """Image `index` of Letters or of a timm or torchvision data set; ValueError if it is broken."""
-    if not hasattr(data, "reader"):
-        return data[index][0].convert("RGB")
+    """Image `index` of a list of files, of Letters, or of a timm or torchvision data set, in RGB.
+
+    Raises ValueError with its name if it is broken, too large for Pillow, or too long for a crop.
+    """
+    name = source = data[index] if isinstance(data, list) else None
     try:
-        with data.reader[index][0] as file:  # past data[index], which hides broken files
-            return Image.open(file).convert("RGB")
+        if hasattr(data, "reader"):  # past timm's data[index], which hides broken files
+            name, source = data.reader.filename(index), data.reader[index][0]
+        image = Image.open(source) if source else data[index][0]
+        require(max(image.size) <= 100 * min(image.size), "{} x {} pixels".format(*image.size))
+        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        return image.convert("RGB")
     except Exception as error:
-        raise InputError(f"{data.reader.filename(index)}: {error!r}") from error
+        raise InputError(f"{name or f'image {index}'}: {error!r}") from error
 
 
 def seed_of(*key):
@@ -361,28 +406,32 @@ def seed_of(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """Item i -> (float (3, H, W), ""), decided by (seed, epoch, i) alone, whichever process asks.
+    """[epoch, i] -> (float (3, H, W), ""), decided by (seed, epoch, i) alone, whoever asks.
 
     read(indices[i]) is a PIL image. For one that cannot be read comes another, chosen by the same
-    rule, and the text says what was wrong. mix: timm's Mixup, for whole batches, or None.
+    rule, and the text says what was wrong. mix: timm's Mixup of each image with another, or None.
     """
 
     def __init__(self, read, indices, transform, seed=0, mix=None):
         self.read, self.indices, self.transform = read, indices, transform
-        self.seed, self.mix, self.epoch, self.named = seed, mix, 0, set()
+        self.seed, self.mix, self.named = seed, mix, set()
 
     def __len__(self):
         return len(self.indices)
 
-    def __getitem__(self, i):
-        key, problem = seed_of(self.seed, self.epoch, i), ""
-        for j in [i] + random.Random(key).choices(range(len(self)), k=20):
+    def __getitem__(self, key):
+        key, place, found, problem = seed_of(self.seed, *key), key[1], [], ""
+        for i in [place] + random.Random(key).choices(range(len(self)), k=20):
             for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
                 seed(key)
             try:
-                return self.transform(self.read(self.indices[j])), problem
+                found.append(self.transform(self.read(self.indices[i])))
             except Exception as error:
                 problem = problem or str(error) or repr(error)
+            if found and not self.mix:
+                return found[0], problem
+            if len(found) == 2:
+                return self.mix(torch.stack(found), torch.zeros(2, dtype=torch.long))[0][0], problem
         raise InputError(f"20 images in a row cannot be read, first {problem}")
 
 
@@ -395,22 +444,21 @@ def open_images(args, vit, window):
     path, size, config = args.data, vit.patch_embed.img_size, resolve_model_data_config(vit)
     if path is None:
         sets = [Letters(args.num_images, max(size), args.seed)]
+    elif os.path.isdir(path):
+        splits = [os.path.join(path, split) for split in ("train", "val")]
+        sets = list(map(find_images, splits if all(map(os.path.isdir, splits)) else [path]))
     else:
-        found, splits = os.path.exists(path), ["train", "val"]
+        found = os.path.exists(path)
         require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or "
                 "tar, and of timm's data sets only torch/... and hfds/... can be indexed")
         root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
-        if not all(os.path.isdir(os.path.join(path, split)) for split in splits):
-            splits = ["train"]
         with explaining(f"--data {path}"):
-            sets = [create_dataset("" if found else path, root, split, download=not found)
-                    for split in splits]
-    sources = [(functools.partial(read_image, data), len(data)) for data in sets]
-    (read, count), (read_val, count_val) = sources[0], sources[-1]
-    train, val = np.arange(count), np.arange(count_val)
-    if len(sources) == 1:
-        held_out = max(1, min(max(count // 100, window), count // 2, count - window))
-        val = np.arange(held_out) * count // held_out  # evenly spread
+            sets = [create_dataset("" if found else path, root, "train", download=not found)]
+    require(all(map(len, sets)), f"--data {path}: there are no images in it")
+    train, val = np.arange(len(sets[0])), np.arange(len(sets[-1]))
+    if len(sets) == 1:
+        held_out = max(1, min(max(len(train) // 100, window), len(train) // 2, len(train) - window))
+        val = np.arange(held_out) * len(train) // held_out  # evenly spread
         train = np.delete(train, val)
     require(len(train) >= window, f"{len(train)} images to train on are fewer than a global batch, "
             f"{window} (processes x --batch-size x --accum)")
@@ -421,49 +469,86 @@ def open_images(args, vit, window):
             hflip=0.5, color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
     plain = transform(interpolation=config["interpolation"], crop_pct=config["crop_pct"])
     mix = Mixup(args.mixup, args.cutmix, num_classes=1) if args.mixup or args.cutmix else None
-    require(not mix or args.batch_size % 2 == 0, "--mixup and --cutmix need an even --batch-size")
+    read, read_val = (functools.partial(read_image, data) for data in (sets[0], sets[-1]))
     return Images(read, train, augment, args.seed, mix), Images(read_val, val, plain, args.seed)
 
 
-def micro_batches(data, order, num_patches, args, process, *key):
-    """Yields this rank's (images (b, 3, H, W), masks (b, K, N)), on the device, as `order` says.
+def training_windows(count, window, seed, start, stop):
+    """Yields for updates start to stop - 1: key (seed, epoch, place), [(epoch, i), ...], `window`.
 
-    `order` is cut into windows of batch_size * accum * world images, one update each. A window's
-    masks are drawn together, seeded by `key` and its place: it does not matter who computes what.
-    The last window may be short, a rank's share of it empty. ValueError if most images are broken.
+    Every epoch has an order of its own; its last window is filled up with its first images.
     """
-    window = args.batch_size * args.accum * process.world
-    shares = [images[process.rank::process.world] for images in order.split(window)]
-    shares = [share for share in shares if len(share)]  # the last may be empty
-    loader = iter(torch.utils.data.DataLoader(
-        data, batch_sampler=(b.tolist() for share in shares for b in share.split(args.batch_size)),
-        num_workers=args.workers, pin_memory=process.device.type == "cuda"))
-    for place, share in enumerate(shares):
-        generator = torch.Generator(process.device).manual_seed(seed_of(*key, place))
-        masks = sample_masks(window, num_patches, args.mask_kind, args.keep, args.complement,
-                             args.full, generator)[process.rank::process.world][:len(share)]
-        for i, m in enumerate(masks.split(args.batch_size)):
-            images, problems = next(loader)
-            broken = {problem for problem in problems if problem}
-            for problem in broken - data.named:
-                tqdm.write(f"skipped {problem}", file=sys.stderr)
-            data.named |= broken
-            require(len(broken) <= max(1, len(images) // 2), f"most of a batch is broken: {broken}")
-            if data.mix:
-                np.random.seed(seed_of(*key, place, process.rank, i))
-                images, _ = data.mix(images, torch.zeros(len(images), dtype=torch.long))
-            yield images.to(process.device, non_blocking=True), m
+    per_epoch = math.ceil(count / window)
+    for step in range(start, stop):
+        epoch, place = divmod(step, per_epoch)
+        if step == start or place == 0:
+            shuffle = torch.Generator().manual_seed(seed_of(seed, epoch))
+            order = torch.randperm(count, generator=shuffle)
+        items = order[torch.arange(place * window, (place + 1) * window) % count]
+        yield (seed, epoch, place), [(epoch, i) for i in items.tolist()]
+
+
+def validation_windows(count, window, seed):
+    """The same for all images in turn, each once: the last window may be a short one."""
+    for place, first in enumerate(range(0, count, window)):
+        yield (seed, place), [(0, i) for i in range(first, min(first + window, count))]
+
+
+def load(data, windows, num_patches, args, process):
+    """Yields for each window what this rank has to do: an iterator over (masks, images) on the
+    device, (b, K, N) and (b, 3, H, W), which in a short window may be empty.
+
+    A window's masks are drawn together, seeded by its key: it does not matter who computes what.
+    Raises ValueError if most images are broken, and Stopped at the end of a window.
+    """
+    size = args.batch_size * args.accum * process.world
+    shares = ((key, items[process.rank::process.world]) for key, items in windows)
+    ahead, shares = itertools.tee(shares)  # the workers are a few batches ahead
+    sampler = (items[j:j + args.batch_size] for _, items in ahead
+               for j in range(0, len(items), args.batch_size))
+    with contextlib.closing(read_ahead(data, sampler, args.workers, process.device)) as images:
+        for key, items in shares:
+            if any(all_ranks(process, process.stop.is_set())):
+                raise Stopped("before the first step")
+            generator = torch.Generator(process.device).manual_seed(seed_of(*key))
+            masks = sample_masks(size, num_patches, args.mask_kind, args.keep, args.complement,
+                                 args.full, generator)[process.rank::process.world][:len(items)]
+            yield zip(masks.split(args.batch_size) if items else (), images)  # masks end first
+
+
+def read_ahead(data, sampler, workers, device):
+    """Yields the batches that `sampler` lists, on the device; names each broken image once."""
+    bad = seen = 0
+    for images, problems in torch.utils.data.DataLoader(
+            data, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals,
+            pin_memory=device.type == "cuda"):
+        for problem in problems:
+            if problem and problem not in data.named:
+                skipped(problem)
+                data.named.add(problem)
+        bad, seen = bad + sum(map(bool, problems)), seen + len(problems)
+        if seen >= 32:  # in a smaller batch it might be bad luck
+            require(bad <= seen / 2, f"{bad} of {seen} images are broken, the last: {problem}")
+            bad = seen = 0
+        yield images.to(device, non_blocking=True)
+
+
+def ignore_signals(_):
+    """In workers that read images: their parent says what is to be done about a signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- processes and device ------------------------------------------------------------------------
-Process = collections.namedtuple("Process", "rank world device dtype autocast")
+Process = collections.namedtuple("Process", "rank world device dtype autocast stop")
 
 
 def start_process(dtype="auto"):
     """Joins the others where torchrun started this process; finds cuda, else mps, else the cpu.
 
     dtype "auto": bfloat16 where the device computes in it, else float16 on cuda, else float32.
-    Returns Process(rank, world: how many, device, dtype, autocast: context of matrix products).
+    Returns Process(rank, world: how many, device, dtype, autocast: context of matrix products,
+    stop: an event that is set where the run is to end, see stopping).
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -480,29 +565,49 @@ def start_process(dtype="auto"):
     fits = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}.get(dtype, [device.type])
     require(device.type in fits, f"--dtype {dtype} is not for {device.type}")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     autocast = functools.partial(torch.autocast, "cuda" if device.type == "cuda" else "cpu",
                                  getattr(torch, dtype), enabled=dtype != "float32")
-    return Process(rank, world, device, getattr(torch, dtype), autocast)
+    return Process(rank, world, device, getattr(torch, dtype), autocast, threading.Event())
 
 
-def sum_ranks(process, *values):
-    """Sums of numbers over all ranks, a list of floats."""
-    total = torch.tensor(values, dtype=torch.float64)
+def all_ranks(process, value):
+    """Waits for all ranks -> the list of their values (anything that pickles), by the CPU alone."""
+    values = [value] * process.world
     if process.world > 1:
-        total = total.to(process.device)
-        torch.distributed.all_reduce(total)
-    return total.tolist()
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def stopping(stop):
+    """In this context SIGTERM and Ctrl-C set the event `stop`; a second Ctrl-C ends the program."""
+    def handler(*_):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def write_file(path, data):
     """Writes bytes, or what torch.save takes; at any time `path` is whole, the old or the new."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(data) if isinstance(data, bytes) else torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    with explaining(f"cannot write {path} (what was there is still there)"):
+        try:
+            with open(f"{path}.tmp", "wb") as file:
+                file.write(data) if isinstance(data, bytes) else torch.save(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{path}.tmp", path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(f"{path}.tmp")
+            raise
 
 
 def read_file(path):
@@ -589,17 +694,18 @@ def learning_rate(step, total, warmup, lr, min_lr):
 
 
 @torch.no_grad()
-def validation_mean(function, size, data, num_patches, args, process):
-    """Means of the `size` scalars that function(images, masks) lists, over `data` and all ranks:
-    each image once, under the same masks every time -> list of floats."""
-    totals = np.zeros(1 + size)  # number of images, then sums over them
-    for images, masks in micro_batches(data, torch.arange(len(data)), num_patches, args, process,
-                                       args.seed):
-        with process.autocast():
-            values = function(images, masks)
-        totals += len(images) * np.array([1.0, *map(float, values)])
-    count, *totals = sum_ranks(process, *totals)
-    return [total / count for total in totals]
+def evaluate(function, data, num_patches, args, process):
+    """Means of the scalars that function(images, masks) lists, over `data` and all ranks: each
+    image once, under the same masks every time -> float64 (number of scalars,)."""
+    windows = validation_windows(len(data), args.batch_size * args.accum * process.world, args.seed)
+    rows = []
+    with contextlib.closing(load(data, windows, num_patches, args, process)) as stream:
+        for masks, images in itertools.chain.from_iterable(stream):
+            with process.autocast():
+                rows.append((len(images), *function(images, masks)))
+    rows = [[float(value) for value in row] for row in rows]  # read when all of it is under way
+    rows = torch.tensor(sum(all_ranks(process, rows), []), dtype=torch.float64)
+    return (rows[:, :1] * rows[:, 1:]).sum(dim=0) / rows[:, 0].sum()
 
 
 def measure_scale(teacher, data, args, process):
@@ -607,15 +713,15 @@ def measure_scale(teacher, data, args, process):
     def moments(images, masks):
         target = teacher(images, masks).float()
         return [target.mean(), target.square().mean()]
-    mean, square = validation_mean(moments, 2, data, teacher.num_patches, args, process)
+    mean, square = evaluate(moments, data, teacher.num_patches, args, process)
     teacher.scale.fill_((square - mean ** 2) ** -0.5)
 
 
 def update(model, teacher, batches, optimizer, scaler, args, process):
-    """One optimizer step over `accum` micro-batches -> its mean loss here, left on the device."""
+    """One optimizer step over `accum` micro-batches (masks, images) -> this process's mean loss,
+    left on the device; nan where the gradient is not finite."""
     total = torch.zeros((), device=process.device)
-    for micro in range(args.accum):
-        images, masks = next(batches)
+    for micro, (masks, images) in enumerate(batches):
         # Processes average their gradients once, during the backward pass of the last micro-batch.
         last = process.world == 1 or micro == args.accum - 1
         with contextlib.nullcontext() if last else model.no_sync():
@@ -625,7 +731,9 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
             scaler.scale(loss / args.accum).backward()
         total += loss.detach() / args.accum
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+    if not scaler.is_enabled():  # else it leaves out such a step, and lowers its factor
+        total += 0 * norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -635,7 +743,8 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
 def train(model, teacher, train_set, val_set, args, process, saved=None):
     """The whole run: updates, validation, log and checkpoints -> the last validation loss.
 
-    args: from parse_args. saved: the dict in the last.pt of the run to go on with, or None.
+    args: from parse_args. saved: the dict in the last.pt of the run to go on with, or None. Raises
+    Stopped, the run saved, where process.stop is set; ValueError where the loss is not finite.
     """
     window, num_patches = args.batch_size * args.accum * process.world, teacher.num_patches
     per_epoch = math.ceil(len(train_set) / window)
@@ -644,73 +753,109 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
         [p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.95),
         weight_decay=args.weight_decay, fused=process.device.type == "cuda")
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    done, best, val_loss = 0, math.inf, math.inf  # updates, lowest and newest validation loss
+    step, best, losses = 0, math.inf, []  # updates made, lowest validation loss, not yet logged
     if saved:
-        done, best, val_loss = saved["step"], saved["best"], saved["val_loss"]
+        step, best, losses = saved["step"], saved["best"], saved["losses"]
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
     parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
-    progress = dict(total=total * window, initial=done * window, disable=process.rank > 0)
-    shown = {}
-    with tqdm(unit="img", **progress) as bar:
-        for epoch in range(done // per_epoch, args.epochs):
-            train_set.epoch = epoch
-            shuffle = torch.Generator().manual_seed(seed_of(args.seed, epoch))
-            order = torch.randperm(len(train_set), generator=shuffle)
-            order = order[torch.arange(per_epoch * window) % len(order)]  # fills up the last window
-            batches = micro_batches(train_set, order, num_patches, args, process, args.seed, epoch)
-            running, logged, clock = 0.0, epoch * per_epoch, time.perf_counter()
-            model.train()
-            for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1):
-                lr = learning_rate(step - 1, total, warmup, args.lr, args.min_lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                running += update(parallel, teacher, batches, optimizer, scaler, args, process)
-                bar.update(window)
-                if step % args.log_every == 0 or step % per_epoch == 0:
-                    loss = sum_ranks(process, float(running))[0] / process.world / (step - logged)
-                    speed = (step - logged) * window / (time.perf_counter() - clock)
-                    require(math.isfinite(loss), f"loss {loss} at step {step}: try a lower --lr")
-                    write_log(args, process, step=step, epoch=epoch, loss=loss, lr=lr, speed=speed)
-                    shown |= dict(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
-                    bar.set_postfix(shown)
-                    running, logged, clock = 0.0, step, time.perf_counter()
-            model.eval()
-            val_loss, = validation_mean(
-                lambda x, m: [reconstruction_loss(model(x, m), teacher(x, m), m, args.loss)], 1,
-                val_set, num_patches, args, process)
-            require(math.isfinite(val_loss), f"validation loss {val_loss}: try a lower --lr")
-            write_log(args, process, step=step, epoch=epoch, val_loss=val_loss)
-            shown["val"], best = f"{val_loss:.4f}", min(best, val_loss)
-            bar.set_postfix(shown)
-            if process.rank == 0:
-                picture(os.path.join(args.out, "patches.png"), model, teacher, val_set, process)
-                save(args, model, dict(
-                    model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                    scaler=scaler.state_dict(), scale=teacher.scale.item(), val_loss=val_loss,
-                    best=best, args={**vars(args), "global_batch": window}))
-    return val_loss
+    windows = training_windows(len(train_set), window, args.seed, step, total)
+    stream, shown = load(train_set, windows, num_patches, args, process), {}
+
+    def checkpoint(name="last.pt"):  # the state after `step` updates, before any validation
+        losses[:] = mean_losses(losses, step, process)
+        if process.rank == 0:
+            save(args, name, model, dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best,
+                scaler=scaler.state_dict(), scale=teacher.scale.item(), losses=losses,
+                sizes=[len(train_set), len(val_set)], args={**vars(args), "global_batch": window}))
+
+    bar = tqdm(total=total * window, initial=step * window, unit="img", disable=process.rank > 0)
+    clock, since, shown = time.perf_counter(), step, {}
+    try:
+        while True:
+            if step and step % per_epoch == 0:  # also where a run goes on from the end of an epoch
+                began = time.perf_counter()
+                val_loss = validate(model, teacher, val_set, step, args, process)
+                if val_loss < best:
+                    best = val_loss
+                    checkpoint("best.pt")
+                shown["val"] = f"{val_loss:.4f}"
+                clock += time.perf_counter() - began
+            if step == total:
+                return val_loss
+            lr = learning_rate(step, total, warmup, args.lr, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batches = next(stream)
+            losses.append(update(parallel, teacher, batches, optimizer, scaler, args, process))
+            step += 1
+            bar.update(window)
+            if step % args.log_every == 0:
+                losses[:] = mean_losses(losses, step, process)
+                loss = sum(losses) / len(losses)
+                speed = (step - since) * window / (time.perf_counter() - clock)
+                write_log(args, process, step=step, loss=loss, lr=lr, speed=speed)
+                bar.set_postfix(shown | dict(loss=f"{loss:.4f}", lr=f"{lr:.1e}"))
+                losses.clear()
+                clock, since = time.perf_counter(), step
+            if step % per_epoch == 0 or step % args.save_every == 0:
+                checkpoint()
+    except Stopped:
+        checkpoint()
+        raise Stopped(f"after step {step} of {total}, and saved")
+    finally:
+        stream.close()
+        bar.close()
+
+
+def mean_losses(losses, step, process):
+    """Means over all ranks of the losses of the updates up to `step`, read from the device.
+
+    Raises ValueError, on every rank, where one of them is not finite.
+    """
+    ranks = all_ranks(process, [float(loss) for loss in losses])
+    for number, all_of_it in enumerate(zip(*ranks), step - len(losses) + 1):
+        for rank, loss in enumerate(all_of_it):
+            require(math.isfinite(loss), f"the loss or its gradient is not finite in step {number} "
+                    f"on rank {rank}: try a lower --lr; the last checkpoint is from before")
+    return [sum(all_of_it) / process.world for all_of_it in zip(*ranks)]
+
+
+def validate(model, teacher, data, step, args, process):
+    """The loss over `data`, into the log, and a picture of what the embeddings have become."""
+    def loss(images, masks):
+        prediction, target = model(images, masks), teacher(images, masks)
+        return [reconstruction_loss(prediction, target, masks, args.loss)]
+    model.eval()
+    value = evaluate(loss, data, teacher.num_patches, args, process).item()
+    model.train()
+    require(math.isfinite(value), f"validation loss {value} after step {step}: try a lower --lr")
+    write_log(args, process, step=step, val_loss=value)
+    if process.rank == 0:
+        picture(os.path.join(args.out, "patches.png"), model, teacher, data, process)
+    return value
 
 
 def write_log(args, process, **entry):
     """Appends a line to log.jsonl, and to wandb where that was asked for."""
     if process.rank == 0:
-        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with explaining(f"cannot write to {args.out}"):
+            with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+                file.write(json.dumps(entry) + "\n")
         if args.wandb:
             import wandb
             wandb.log(entry, step=entry["step"])
 
 
-def save(args, model, state):
-    """best.pt; last.pt, all that is needed to go on; the aligned ViT alone, under timm's keys."""
-    for name in ["best.pt"] * (state["val_loss"] == state["best"]) + ["last.pt"]:
-        write_file(os.path.join(args.out, name), state)
+def save(args, name, model, state):
+    """last.pt or best.pt, all that is needed to go on; the aligned ViT alone, under timm's keys."""
     encoder = {k.replace("fc_norm.", "norm."): v.contiguous()  # its name with global_pool=""
                for k, v in model.encoder.state_dict().items() if not k.startswith("head.")}
     about = json.dumps({k: state["args"][k] for k in ("model", "softcap", "img_size")})
     encoder = safetensors.torch.save(encoder, metadata={"maskembed": about})
     write_file(os.path.join(args.out, "encoder.safetensors"), encoder)
+    write_file(os.path.join(args.out, name), state)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -720,7 +865,7 @@ def principal_colours(tokens, grid):
     x = x - x.mean(dim=0)
     x = x @ torch.linalg.eigh(x.T @ x)[1][:, -3:].flip(1)  # (n N, 3), the largest first
     low, high = x.quantile(0.02, dim=0), x.quantile(0.98, dim=0)
-    return ((x - low) / (high - low)).clamp(0, 1).view(len(tokens), *grid, 3).permute(0, 3, 1, 2)
+    return ((x - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(len(tokens), *grid, 3).permute(0, 3, 1, 2)
 
 
 def save_picture(path, columns, legend=(), size=128):
@@ -742,7 +887,7 @@ def save_picture(path, columns, legend=(), size=128):
 @torch.no_grad()
 def picture(path, model, teacher, data, process):
     """Eight images of `data` and their patch embeddings before and after, components as colours."""
-    images = torch.stack([data[i][0] for i in range(min(8, len(data)))]).to(process.device)
+    images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))]).to(process.device)
     grid, encoder = model.encoder.patch_embed.grid_size, model.encoder
     with process.autocast():
         before = teacher.tokens(images, images.new_ones(len(images), 1, teacher.num_patches))[:, 0]
@@ -750,7 +895,7 @@ def picture(path, model, teacher, data, process):
     before, after = (principal_colours(x[:, -teacher.num_patches:].float().cpu(), grid)
                      for x in (before, after))
     low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
-    save_picture(path, {"image": (images - low) / (high - low), "before:\nteacher": before,
+    save_picture(path, {"image": (images - low) / (high - low + 1e-6), "before:\nteacher": before,
                         "after:\nencoder": after})
 
 
@@ -787,8 +932,8 @@ def probe(train, labels, test, test_labels, classes=len(LETTERS) + 1):
 class Drawn(Images):
     """Images that are tensors already: a demo has no time to decode them again."""
 
-    def __getitem__(self, i):
-        return self.read[i], ""
+    def __getitem__(self, key):
+        return self.read[key[1]], ""
 
 
 def pretrain(vit, images, present, steps):
@@ -806,7 +951,8 @@ def pretrain(vit, images, present, steps):
 
 def demo(args):
     """The paper's story in minutes, on the CPU: pretrain, align, probe, look; files in args.out."""
-    process = Process(0, 1, torch.device("cpu"), torch.float32, contextlib.nullcontext)
+    process = Process(0, 1, torch.device("cpu"), torch.float32, contextlib.nullcontext,
+                      threading.Event())
     steps, many = args.demo, min(2000, 8 * args.demo)  # images to fit the probes, images to test
     torch.manual_seed(args.seed)
     taken = os.path.exists(os.path.join(args.out, "last.pt"))
@@ -921,6 +1067,8 @@ def parse_args(argv=None):
     g.add_argument("--compile", action=yes_no, help="torch.compile; on cuda if left out")
     g.add_argument("--out", metavar="DIR", help="output folder; output/MODEL if left out")
     g.add_argument("--resume", action=yes_no, default=False, help="go on from DIR/last.pt, if any")
+    g.add_argument("--save-every", type=int, default=1000, help="updates from last.pt to last.pt, "
+                   "which is saved after each epoch as well")
     g.add_argument("--log-every", type=int, default=20, help="updates from log to log")
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     g.add_argument("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the story, "
@@ -933,7 +1081,7 @@ def checked(args):
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
     positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
-                "accum", "log_every", "demo")
+                "accum", "save_every", "log_every", "demo")
     for name, value in vars(args).items():
         low, high = int(name in positive), 1 if name == "keep" else sys.float_info.max
         require(type(value) not in (int, float) or low <= value <= high,
@@ -951,16 +1099,38 @@ def read_run(args, window):
     there = os.path.exists(path)
     fresh = not there and not os.path.exists(log)
     require(args.resume or fresh, f"{args.out} holds a run: pass --resume or another --out")
-    saved = read_file(path) if there else None
+    if not there:
+        return None
+    saved = read_file(path)
     with explaining(f"{path} is not from a run"):
-        before = saved["args"] if there else {}
-    free = "batch_size accum workers compile out resume log_every wandb".split()
-    changed = [f"{name} was {before[name]}, not {value}" for name, value in
-               {**vars(args), "global_batch": window}.items()
-               if name in before and name not in free and before[name] != value]
+        before, now = saved["args"], {**vars(args), "global_batch": window}
+        if args.epochs > before["epochs"]:
+            print(f"schedule stretched from {before['epochs']} to {args.epochs} epochs: the "
+                  "learning rate jumps to where it would be in the longer run")
+            before = {**before, "epochs": args.epochs}
+    free = "batch_size accum workers compile out resume save_every log_every wandb".split()
+    changed = [f"{name} was {before.get(name)}, not {value}" for name, value in now.items()
+               if name not in free and before.get(name) != value]
     require(not changed, f"{'; '.join(changed)}: --resume with the settings of {path}, or start "
             "anew with another --out")
     return saved
+
+
+def start_folder(args, done):
+    """Makes args.out ready: settings, and the log up to update `done`, without what comes again."""
+    with explaining(f"cannot write to --out {args.out}"):
+        os.makedirs(args.out, exist_ok=True)
+        files = ("args.json", "log.jsonl", "encoder.safetensors", "best.pt", "last.pt")
+        for name in files:  # what a run that was killed has left half-written
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(args.out, f"{name}.tmp"))
+        write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
+        log, lines = os.path.join(args.out, "log.jsonl"), []
+        for line in open(log) if os.path.exists(log) else ():
+            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+            if entry["step"] < done or entry["step"] == done and "val_loss" not in entry:
+                lines.append(line)
+        write_file(log, "".join(lines).encode())
 
 
 def run(args):
@@ -970,6 +1140,9 @@ def run(args):
     torch.set_float32_matmul_precision("high")
     window = args.batch_size * args.accum * process.world
     saved = read_run(args, window)
+    done = saved["step"] if saved else 0
+    require(len(set(all_ranks(process, done))) == 1, f"{args.out} is not the same folder for all "
+            "processes: --resume needs one that they share")
     if args.wandb and process.rank == 0:
         with explaining("--wandb: pip install wandb, and log in"):
             import wandb
@@ -982,35 +1155,35 @@ def run(args):
         for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("norm.", "fc_norm.", "head.")))
     if process.rank > 0:
-        torch.distributed.barrier()  # the first process downloads, if anything is to be downloaded
+        all_ranks(process, "wait")  # the first process downloads, if anything is to be downloaded
     train_set, val_set = open_images(args, vit, window)
-    if process.rank == 0 and process.world > 1:
-        torch.distributed.barrier()
+    if process.rank == 0:
+        all_ranks(process, "go on")
     if args.compile or args.compile is None and process.device.type == "cuda":
         teacher.compile()
         model.compile()
     if saved:
-        model.load_state_dict(saved["model"])
-        teacher.scale.fill_(saved["scale"])
-    elif args.loss == "mse":
-        measure_scale(teacher, val_set, args, process)
-    done = saved["step"] if saved else 0
+        sizes = [len(train_set), len(val_set)]
+        with explaining(f"{args.out}/last.pt does not fit"):
+            require(saved["sizes"] == sizes, f"--data held {saved['sizes']} images, now {sizes}")
+            model.load_state_dict(saved["model"])
+            teacher.scale.fill_(saved["scale"])
+    with stopping(process.stop):
+        try:
+            if not saved and args.loss == "mse":
+                measure_scale(teacher, val_set, args, process)
+            if process.rank == 0:
+                start_folder(args, done)
+                describe(args, process, vit, model, teacher, train_set, val_set, done)
+            val_loss = train(model, teacher, train_set, val_set, args, process, saved)
+            text = (f"done     validation loss {val_loss:.4f} (1.0: the mean predictor's, for mse)\n"
+                    f"result   {os.path.join(args.out, 'encoder.safetensors')}, the aligned ViT")
+        except Stopped as where:
+            text = f"stopped  {where}: to go on, repeat the command with --resume"
     if process.rank == 0:
-        with explaining(f"cannot write to --out {args.out}"):
-            os.makedirs(args.out, exist_ok=True)
-            settings = json.dumps(vars(args), indent=1).encode()
-            write_file(os.path.join(args.out, "args.json"), settings)
-            with open(os.path.join(args.out, "log.jsonl"), "a+b") as file:  # less what comes again
-                file.seek(0)
-                lines = [line for line in file if json.loads(line)["step"] <= done]
-            write_file(os.path.join(args.out, "log.jsonl"), b"".join(lines))
-        describe(args, process, vit, model, teacher, train_set, val_set, done)
-    val_loss = train(model, teacher, train_set, val_set, args, process, saved)
-    if process.rank == 0:
-        print(f"done     validation loss {val_loss:.4f} (1.0: the mean predictor's, for mse); the "
-              f"aligned ViT is {os.path.join(args.out, 'encoder.safetensors')}")
+        print(text)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # leave together: gloo may hang otherwise, in torch 2.4
+        all_ranks(process, "leave together")  # gloo may hang otherwise, in torch 2.4
         torch.distributed.destroy_process_group()
 
 

@@ -4,12 +4,19 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +25,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.models import Beit, Eva, VisionTransformer
+from torch.utils._pytree import tree_flatten
 from torchvision.transforms.functional import pil_to_tensor
 
 import maskembed
@@ -268,92 +276,257 @@ def small(*words):
     return [*fixed.split(), *map(str, words)]
 
 
-def program(*words, processes=0, cwd=None):
+def program(*words, processes=0, cwd=None, wait=True):
+    """The real command line, or torchrun with so many processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launch = launch if processes else []
-    result = subprocess.run([sys.executable, *launch, str(HERE / "maskembed.py"), *map(str, words)],
-                            capture_output=True, text=True, cwd=cwd, timeout=170,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return result
+    command = [sys.executable, *(launch if processes else []), str(HERE / "maskembed.py")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*command, *map(str, words)], stdout=pipe, stderr=pipe, text=True,
+                               cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return finished(process) if wait else process
 
 
-def last(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
+def finished(process):
+    out, err = process.communicate(timeout=170)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+# Runs that take a second: forked from a process that has imported everything, and nothing else.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["maskembed", "torch._dynamo"])
+
+
+def one_rank(words, rank, world, port, output, fault):
+    multiprocessing.set_start_method("fork", force=True)  # for the workers
+    torch.set_num_threads(1)
+    for number in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    if world > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    if fault:
+        fault(rank)
+    maskembed.main(words)
+
+
+def launch(*words, world=1, fault=None):
+    """main(words) in `world` processes, fault(rank) before it -> exit codes, what was printed."""
+    with socket.socket() as free, tempfile.NamedTemporaryFile() as output:
+        free.bind(("127.0.0.1", 0))
+        settings = world, free.getsockname()[1], output.name, fault
+        free.close()
+        ranks = [SERVER.Process(target=one_rank, args=(list(map(str, words)), rank, *settings))
+                 for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+        assert None not in codes, "a process did not end within a minute"
+        return codes, Path(output.name).read_text()
+
+
+def fails(name, at, how, only_rank, rank):
+    """The at-th call of maskembed.NAME on a rank: killed, half a file then killed, or nan."""
+    original, calls = getattr(maskembed, name), itertools.count(1)
+
+    def failing(*args, **options):
+        result = original(*args, **options) if how == "nan" else None
+        if next(calls) != at:
+            return result if how == "nan" else original(*args, **options)
+        if how == "nan":
+            return result * math.nan
+        if how == "half":
+            Path(f"{args[0]}.tmp").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == only_rank:
+        setattr(maskembed, name, failing)
+
+
+def last(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "speed"} for line in lines]
+
+
+def assert_same_run(one, two):
+    """Bit for bit: every tensor and number in last.pt and best.pt, the log, the exported encoder."""
+    for name in ("last.pt", "best.pt"):
+        flat = [tree_flatten({k: v for k, v in last(folder, name).items() if k != "args"})
+                for folder in (one, two)]
+        assert flat[0][1] == flat[1][1]
+        for a, b in zip(flat[0][0], flat[1][0]):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    assert log(one) == log(two)
+    encoders = [(folder / "encoder.safetensors").read_bytes() for folder in (one, two)]
+    assert encoders[0] == encoders[1]
+    assert sorted(os.listdir(one)) == sorted(os.listdir(two))  # nothing half-written lies there
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A nested folder of 53 pictures, three of them broken, two of odd kinds."""
+    """A folder of 47 pictures and of all that people keep in such folders."""
     folder = tmp_path_factory.mktemp("photos with spaces")
-    for i in range(50):
+    for i in range(47):
         path = folder / f"class {i % 3}" / f"bild-ä{i}.jpg"
         path.parent.mkdir(exist_ok=True)
         maskembed.Letters(50, 40 + i)[i][0].save(path)
-    Image.new("CMYK", (1, 90)).save(folder / "cmyk.jpg")
-    Image.new("P", (30, 30)).save(folder / "p.png")
+    for mode, name, size in (("CMYK", "cmyk.jpg", (1, 90)), ("P", "p.png", (30, 30)), ("1", "1.png", (9, 9)),
+                             ("LA", "la.png", (20, 9)), ("RGBA", "a.webp", (9, 20)), ("I;16", "i.png", (20, 20)),
+                             ("I;16", "i.tif", (20, 20)), ("RGB", "one.PNG", (1, 1)),
+                             ("RGB", "wide.png", (20000, 300))):
+        Image.new(mode, size).save(folder / name)
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     whole = (folder / "class 0" / "bild-ä0.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(whole[:400])
     (folder / "text.png").write_bytes(b"hello")
     (folder / "empty.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_bytes(b"no image")
+    (folder / "dangling.jpg").symlink_to("nowhere.jpg")
+    (folder / "class 0" / "loop").symlink_to(folder)
+    Image.new("RGB", (20000, 1)).save(folder / "line.png")
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
     return folder
 
 
-def test_one_process_two_processes_and_resume(photos, tmp_path, capsys):
-    words = small("--data", photos, "--epochs", "3")
-    one = program(*words, "--out", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    for text in ("random weights", "N = 4, P = 1 prefix", "K = 3 masks", "47 to train on, 8 held",
-                 "3 epochs of 6 steps, from step 0", "target scale"):
-        assert text in one.stdout
-    assert one.stderr.count("skipped") == 3  # each broken file once in three epochs
-    for name in ("truncated.jpg", "text.png", "empty.jpg"):
-        assert name in one.stderr
-    two = program(*words, "--batch-size", "2", "--accum", "2", "--out", "two", processes=2,
-                  cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
-    assert "global batch 8 = 2 processes x 2 images x 2" in two.stdout
+BROKEN = ("truncated.jpg", "text.png", "empty.jpg", "dangling.jpg", "line.png", "bomb.png")
 
-    folders = [tmp_path / "one", tmp_path / "two"]
-    logs, states = [log(f) for f in folders], [last(f) for f in folders]
-    assert [e["step"] for e in logs[0]] == [2, 4, 6, 6, 8, 10, 12, 12, 14, 16, 18, 18]
-    assert logs[0][-1]["val_loss"] < logs[0][3]["val_loss"] < 1.0
-    for key in ("loss", "val_loss"):
-        a, b = ([e[key] for e in entries if key in e] for entries in logs)
-        assert a == pytest.approx(b, rel=1e-5)
-    assert states[0]["step"] == 18
-    assert states[0]["scale"] == pytest.approx(states[1]["scale"], rel=1e-6)
-    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=3e-5)
-    group = states[0]["optimizer"]["param_groups"][0]
-    assert group["lr"] == maskembed.learning_rate(17, 18, 0, 1e-3, 1e-4)
-    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.9, 0.95), 0.01, 1e-8)
 
-    again = program(*words, "--out", "one", cwd=tmp_path)
-    assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
-    assert len(log(folders[0])) == 12  # nothing was overwritten
-    words = [*words, "--batch-size", "2", "--accum", "4", "--out", tmp_path / "three"]
-    words = list(map(str, words))
+@pytest.mark.parametrize("world, workers, accum, dtype", [
+    (1, 0, 1, "float32"), (1, 2, 2, "bfloat16"), (2, 0, 2, "bfloat16"), (2, 2, 1, "float32")])
+def test_a_killed_run_ends_like_one_that_was_not(world, workers, accum, dtype, photos, tmp_path):
+    words = small("--data", photos, "--batch-size", 8 // world // accum, "--accum", accum, "--workers", workers,
+                  "--dtype", dtype, "--save-every", 3, "--mixup", 0.3, "--resume", "--epochs", 2)
+    run = functools.partial(launch, *words, world=world)
+    codes, text = run("--out", tmp_path / "whole")
+    assert codes == [0] * world, text
+    rng = random.Random(f"{world} {workers}")
+    for fault in (("update", rng.randrange(4, 7), "killed"), ("write_file", rng.randrange(3, 8), "half")):
+        codes, text = run("--out", tmp_path / "killed", fault=functools.partial(fails, *fault, 0))
+        assert codes[0] == -signal.SIGKILL and 0 not in codes, text
+    assert 0 < last(tmp_path / "killed")["step"] < 12
+    assert run("--out", tmp_path / "killed")[0] == [0] * world
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
-    def save_and_stop(args, model, state, save=maskembed.save):
-        save(args, model, state)
-        raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(maskembed, "save", save_and_stop)
-        maskembed.main(words)
-    assert last(tmp_path / "three")["step"] == 6
-    maskembed.main([*words, "--resume"])
-    assert last(tmp_path / "three")["step"] == 18
-    assert [e["step"] for e in log(tmp_path / "three")] == [e["step"] for e in logs[0]]
-    assert last(tmp_path / "three")["scale"] == pytest.approx(states[0]["scale"], rel=1e-6)
-    with pytest.raises(SystemExit):
-        maskembed.main([*words, "--resume", "--lr", "1", "--accum", "2"])
-    error = capsys.readouterr().err
-    assert "lr was 0.001, not 1.0" in error and "global_batch was 8, not 4" in error
-    resumed = last(tmp_path / "three")["model"]
-    torch.testing.assert_close(resumed, states[0]["model"], rtol=0, atol=3e-5)
+
+def test_one_process_equals_two(photos, tmp_path):
+    words = small("--data", photos, "--epochs", 3, "--lr", 3e-4, "--mixup", 0.5, "--cutmix", 1)
+    for out, (world, batch, accum) in enumerate([(1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 2, 2)]):
+        codes, text = launch(*words, "--batch-size", batch, "--accum", accum, "--out", tmp_path / str(out), world=world)
+        assert codes == [0] * world, text
+        for name in BROKEN:
+            assert 1 <= text.count(f"{name}: ") <= world, text
+        for other in ("55 to train on, 8 held", f"global batch 8 = {world} processes x {batch} images x {accum}"):
+            assert other in text
+        state, first = last(tmp_path / str(out)), last(tmp_path / "0")
+        assert state["step"] == 21
+        for saved in (state, first):  # keys' biases have no effect on a softmax: Adam divides their
+            for name, x in saved["model"].items():  # gradient, which is rounding, by its own size
+                x.view(3, -1)[1].zero_() if name.endswith("qkv.bias") else None
+        torch.testing.assert_close(state["model"], first["model"], rtol=0, atol=1e-6)
+        assert state["scale"] == pytest.approx(first["scale"], rel=1e-6)
+        for one, two in zip(log(tmp_path / "0"), log(tmp_path / str(out))):
+            assert one == pytest.approx(two, rel=1e-6)
+
+
+def test_stopped_by_a_signal(tmp_path):
+    """Ctrl-C for one process, SIGTERM for one of two: saved, exit code 0, and the same end."""
+    words = small("--epochs", 12, "--resume")
+    for processes in (0, 2):
+        more = "--batch-size", 8 // max(1, processes), "--out"
+        stopped = program(*words, *more, f"stopped{processes}", "--workers", 2,
+                          processes=processes, cwd=tmp_path, wait=False)
+        while not (tmp_path / f"stopped{processes}" / "patches.png").exists():  # one epoch is over
+            assert stopped.poll() is None
+            time.sleep(0.05)
+        if processes:  # torchrun would pass it on to all, and fail itself
+            some = subprocess.run(["pgrep", "-P", str(stopped.pid)], capture_output=True, text=True)
+            os.kill(int(some.stdout.split()[-1]), signal.SIGTERM)
+        else:
+            stopped.send_signal(signal.SIGINT)
+        result = finished(stopped)
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        step = last(tmp_path / f"stopped{processes}")["step"]
+        assert 0 < step < 48
+        assert f"stopped  after step {step} of 48" in result.stdout and "--resume" in result.stdout
+        for out in ("stopped", "whole"):
+            codes, text = launch(*words, *more, tmp_path / f"{out}{processes}", world=max(1, processes))
+            assert set(codes) == {0}, text
+        assert_same_run(tmp_path / f"stopped{processes}", tmp_path / f"whole{processes}")
+
+
+def test_faults_leave_the_last_good_checkpoint(tmp_path):
+    words = small("--out", tmp_path / "out", "--epochs", 1, "--save-every", 2)
+    for fault, code, texts in (  # each in step 4, after the checkpoint of step 2
+            (functools.partial(fails, "update", 4, "nan", 1), 2, ("in step 4 on rank 1", "--lr")),
+            (functools.partial(full_disk, 4), 2, ("last.pt", "No space left"))):
+        codes, text = launch(*words, "--batch-size", 4, world=2, fault=fault)
+        assert codes[0] == code and codes[1] != 0, text
+        assert all(part in text.splitlines()[-1] + text for part in texts), text
+        assert last(tmp_path / "out")["step"] == 2
+        assert not list((tmp_path / "out").glob("*.tmp"))
+        (tmp_path / "out" / "last.pt").rename(tmp_path / "last.pt")
+        shutil.rmtree(tmp_path / "out")
+
+
+def unreadable(rank):
+    """One rank can read no image at all."""
+    if rank == 1:
+        maskembed.read_image = lambda *_: 1 / 0
+
+
+def test_one_rank_without_images_ends_all(tmp_path):
+    codes, text = launch(*small("--out", tmp_path, "--batch-size", 4), world=2, fault=unreadable)
+    assert codes[1] == 2 and codes[0] != 0 and "20 images in a row cannot be read" in text
+
+
+def test_resume_refuses_what_does_not_fit(tmp_path, capsys):
+    words, path = small("--out", tmp_path, "--workers", 0), tmp_path / "last.pt"
+
+    def refused(*more):
+        with pytest.raises(SystemExit) as stop:
+            maskembed.main([*words, *map(str, more)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        return error
+    maskembed.main(words)
+    good, entries = path.read_bytes(), log(tmp_path)
+    assert "--resume" in refused()
+    assert "lr was 0.001, not 1.0; global_batch was 8, not 16" in refused(
+        "--resume", "--lr", 1, "--min-lr", 1e-4, "--accum", 2)
+    assert "epochs was 2, not 1" in refused("--resume", "--epochs", 1)
+    free = "--resume --accum 2 --batch-size 4 --workers 1 --save-every 3 --log-every 3 --no-compile"
+    maskembed.main([*words, *free.split()])  # these may change; the run is over, nothing happens
+    assert log(tmp_path) == entries and last(tmp_path)["step"] == 8
+    maskembed.main([*words, "--resume", "--epochs", "3"])
+    assert "stretched from 2 to 3 epochs" in capsys.readouterr().out
+    assert log(tmp_path)[:len(entries)] == entries and last(tmp_path)["step"] == 12
+
+    state = last(tmp_path)
+    torch.save({**state, "model": {}}, tmp_path / "empty.pt")
+    torch.save({**state, "args": Evil()}, tmp_path / "evil.pt")
+    torch.save({"model": state["model"]}, tmp_path / "foreign.pt")
+    for name, content in (("cut", good[:5000]), ("none", b""), ("text", b"hello"), *(
+            (name, (tmp_path / f"{name}.pt").read_bytes()) for name in ("empty", "evil", "foreign"))):
+        path.write_bytes(content)
+        assert "last.pt" in refused("--resume"), name
+    assert not (Path.cwd() / "evil").exists() and not (tmp_path / "evil").exists()
+    assert log(tmp_path)[:len(entries)] == entries
+
+
+def full_disk(at, rank):
+    """The disk is full at the last.pt of update `at`: what is written there meets no room."""
+    def write_file(path, data, original=maskembed.write_file):
+        if path.endswith("last.pt") and data["step"] == at:
+            os.symlink("/dev/full", f"{path}.tmp")
+        return original(path, data)
+    maskembed.write_file = write_file
 
 
 @pytest.mark.parametrize("model, softcap, freeze", [
@@ -404,6 +577,56 @@ class Evil:
         return open, ("evil", "w")
 
 
+def test_any_arguments_work_or_are_refused():
+    """Random flags with random values: settings, or one line."""
+    flags = re.findall(r"--[a-z-]+", subprocess.run(
+        [sys.executable, str(HERE / "maskembed.py"), "--help"], capture_output=True, text=True).stdout)
+    rng, taken, values = random.Random(0), 0, ["0", "1", "-1", "2", "0.5", "1e400", "nan", "x", "", " ", "é", "\0",
+        "9" * 30, "-9", "1e-3", "mse", "uniform", "mlp", "--", "--lr", "float32", "[]", "None"]
+    for _ in range(3000):
+        words = [rng.choice(flags + values) if rng.random() < 0.2 else word
+                 for _ in range(rng.randint(1, 3)) for word in (rng.choice(flags[2:]), rng.choice(values))]
+        try:
+            args = maskembed.parse_args(words)
+            assert args.keep <= 1 <= args.batch_size and args.lr < math.inf and args.seed < 2 ** 63
+            taken += 1
+        except maskembed.InputError as error:
+            assert str(error).strip()
+        except SystemExit as stop:
+            assert stop.code == 0 and {"-h", "--help", "--he", "--hel"} & set(words)
+    assert 100 < taken < 2900
+
+
+def test_any_tensors_work_or_are_refused():
+    """Everything public that takes tensors, each argument replaced by a wrong one: ValueError."""
+    vit = tiny("clip")
+    images, masks = inputs(vit)
+    teacher, model = Teacher(vit), MaskEmbed(vit)
+    prediction, target = model(images, masks), teacher(images, masks)
+    calls = [(teacher, [images, masks]), (model, [images, masks]),
+             (lambda x, m: mask_pixels(x, m, 8), [images, masks]),
+             (lambda p, t, m: reconstruction_loss(p, t, m, "masked"), [prediction, target, masks])]
+    spoil = [lambda x: x[:1], lambda x: x[:0], lambda x: x[:, :0], lambda x: x[..., :-1], lambda x: x[0],
+             lambda x: x.int(), lambda x: x.bool(), lambda x: x.to("meta"), lambda x: x[None],
+             lambda x: x.new_zeros(())]
+    for call, arguments in calls:
+        call(*arguments)
+        for i, change in itertools.product(range(len(arguments)), spoil):
+            wrong = [change(x) if i == j else x for j, x in enumerate(arguments)]
+            with pytest.raises(ValueError, match=r"\(.*\)"):
+                call(*wrong)
+    for call in (teacher, model):
+        for value in (math.nan, 0.5, 2.0, -1.0, math.inf):
+            wrong = masks.clone()
+            wrong[0, 0, 0] = value
+            with pytest.raises(ValueError, match="0 and 1"):
+                call(images, wrong)
+        with pytest.raises(ValueError, match="float64"):
+            call(images.float(), masks)
+    with pytest.raises(ValueError, match="meta"):
+        sample_masks(2, 4, generator=torch.Generator(), device="meta")
+
+
 def test_bad_input_is_one_line_and_exit_code_2(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -450,7 +673,7 @@ def test_most_of_a_batch_broken(tmp_path, capsys):
             (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit):
         maskembed.main(small("--data", tmp_path, "--out", tmp_path / "out"))
-    assert "most of a batch" in capsys.readouterr().err.splitlines()[-1]
+    assert "images are broken" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_data_layouts_and_options(photos, tmp_path, monkeypatch):
