@@ -119,14 +119,14 @@ def mask_pixels(images, masks, patch_size):
     beyond the last whole patch are hidden: no patch sees them. ValueError if N is another grid's.
     """
     p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    require(images.ndim == 4 and min(p, q) > 0, f"need images (B, C, H, W) and patches of 1 pixel "
-            f"or more, not {tuple(images.shape)} and {p} x {q}")
+    require(images.ndim == 4 and images.numel() > 0 < min(p, q), f"need images (B, C, H, W) and "
+            f"patches of 1 pixel or more, not {tuple(images.shape)} and {p} x {q}")
     height, width = images.shape[-2:]
     rows, columns = height // p, width // q
     fits = masks.ndim == 3 and masks.shape[::2] == (len(images), rows * columns)
-    require(fits and images.device == masks.device, f"masks {tuple(masks.shape)} on {masks.device} "
-            f"are not ({len(images)}, K, {rows * columns}), a {rows} x {columns} grid, on "
-            f"{images.device}")
+    require(fits and masks.numel() > 0 and images.device == masks.device, f"masks "
+            f"{tuple(masks.shape)} on {masks.device} are not ({len(images)}, K > 0, "
+            f"{rows * columns}), a {rows} x {columns} grid, on {images.device}")
     pixels = masks.unflatten(2, (rows, columns)).repeat_interleave(p, 2).repeat_interleave(q, 3)
     pixels = F.pad(pixels, (0, width - columns * q, 0, height - rows * p))  # (B, K, H, W)
     return images[:, None] * pixels[:, :, None]
@@ -291,10 +291,11 @@ def reconstruction_loss(prediction, target, masks, kind="mse"):
     """
     require(kind in LOSSES, f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
     shapes = tuple(prediction.shape), tuple(target.shape), tuple(masks.shape)
-    floats = all(x.is_floating_point() for x in (prediction, target, masks))
+    kinds = all(x.is_floating_point() and x.device == masks.device for x in (prediction, target))
     fits = shapes[0] == shapes[1] and shapes[1][:2] == shapes[2][:2] and target.numel() > 0
-    require(fits and floats and len(shapes[0]) == 4 and len(shapes[2]) == 3, "need prediction and "
-            "target (B, K, T, D) and masks (B, K, N), all float, not {}, {} and {}".format(*shapes))
+    require(fits and kinds and masks.is_floating_point() and (target.ndim, masks.ndim) == (4, 3),
+            "need prediction and target (B, K, T, D) and masks (B, K, N), all float, on one "
+            "device, not {}, {} and {}".format(*shapes))
     if kind == "mse":
         return F.mse_loss(prediction, target)
     if kind == "l1":
@@ -495,8 +496,8 @@ def validation_windows(count, window, seed):
 
 
 def load(data, windows, num_patches, args, process):
-    """Yields for each window what this rank has to do: an iterator over (masks, images) on the
-    device, (b, K, N) and (b, 3, H, W), which in a short window may be empty.
+    """Yields for each window what this rank has to do: an iterator over (images, masks) on the
+    device, (b, 3, H, W) and (b, K, N), which in a short window may be empty.
 
     A window's masks are drawn together, seeded by its key: it does not matter who computes what.
     Raises ValueError if most images are broken, and Stopped at the end of a window.
@@ -513,7 +514,8 @@ def load(data, windows, num_patches, args, process):
             generator = torch.Generator(process.device).manual_seed(seed_of(*key))
             masks = sample_masks(size, num_patches, args.mask_kind, args.keep, args.complement,
                                  args.full, generator)[process.rank::process.world][:len(items)]
-            yield zip(masks.split(args.batch_size) if items else (), images)  # masks end first
+            pairs = zip(masks.split(args.batch_size) if items else (), images)  # masks end first
+            yield ((x, m) for m, x in pairs)
 
 
 def read_ahead(data, sampler, workers, device):
@@ -621,6 +623,23 @@ def read_file(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
+def start_folder(args, done):
+    """Makes args.out ready: settings, and the log up to update `done`, without what comes again."""
+    with explaining(f"cannot write to --out {args.out}"):
+        os.makedirs(args.out, exist_ok=True)
+        files = ("args.json", "log.jsonl", "encoder.safetensors", "best.pt", "last.pt")
+        for name in files:  # what a run that was killed has left half-written
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(args.out, f"{name}.tmp"))
+        write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
+        log, lines = os.path.join(args.out, "log.jsonl"), []
+        for line in open(log) if os.path.exists(log) else ():
+            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+            if entry["step"] < done or entry["step"] == done and "val_loss" not in entry:
+                lines.append(line)
+        write_file(log, "".join(lines).encode())
+
+
 def load_weights(vit, saved, path):
     """Loads a checkpoint's encoder, or bare ViT, strictly but for pooling and head; or ValueError.
 
@@ -700,7 +719,7 @@ def evaluate(function, data, num_patches, args, process):
     windows = validation_windows(len(data), args.batch_size * args.accum * process.world, args.seed)
     rows = []
     with contextlib.closing(load(data, windows, num_patches, args, process)) as stream:
-        for masks, images in itertools.chain.from_iterable(stream):
+        for images, masks in itertools.chain.from_iterable(stream):
             with process.autocast():
                 rows.append((len(images), *function(images, masks)))
     rows = [[float(value) for value in row] for row in rows]  # read when all of it is under way
@@ -718,10 +737,10 @@ def measure_scale(teacher, data, args, process):
 
 
 def update(model, teacher, batches, optimizer, scaler, args, process):
-    """One optimizer step over `accum` micro-batches (masks, images) -> this process's mean loss,
+    """One optimizer step over `accum` micro-batches (images, masks) -> this process's mean loss,
     left on the device; nan where the gradient is not finite."""
     total = torch.zeros((), device=process.device)
-    for micro, (masks, images) in enumerate(batches):
+    for micro, (images, masks) in enumerate(batches):
         # Processes average their gradients once, during the backward pass of the last micro-batch.
         last = process.world == 1 or micro == args.accum - 1
         with contextlib.nullcontext() if last else model.no_sync():
@@ -755,9 +774,12 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     step, best, losses = 0, math.inf, []  # updates made, lowest validation loss, not yet logged
     if saved:
-        step, best, losses = saved["step"], saved["best"], saved["losses"]
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        with explaining(f"{args.out}/last.pt does not fit"):
+            step, best, losses = saved["step"], saved["best"], saved["losses"]
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+    if process.rank == 0:
+        start_folder(args, step)
     parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
     windows = training_windows(len(train_set), window, args.seed, step, total)
     stream, shown = load(train_set, windows, num_patches, args, process), {}
@@ -865,7 +887,8 @@ def principal_colours(tokens, grid):
     x = x - x.mean(dim=0)
     x = x @ torch.linalg.eigh(x.T @ x)[1][:, -3:].flip(1)  # (n N, 3), the largest first
     low, high = x.quantile(0.02, dim=0), x.quantile(0.98, dim=0)
-    return ((x - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(len(tokens), *grid, 3).permute(0, 3, 1, 2)
+    x = ((x - low) / (high - low + 1e-6)).clamp(0, 1)
+    return x.view(len(tokens), *grid, 3).permute(0, 3, 1, 2)
 
 
 def save_picture(path, columns, legend=(), size=128):
@@ -994,7 +1017,6 @@ def demo(args):
     for name, flags in (("aligned", ""), ("control", whole)):
         words = f"--epochs 2 --batch-size 64 --lr 2e-3 --workers 0 --seed {args.seed} {flags}"
         settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
-        os.makedirs(settings.out, exist_ok=True)
         teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
         sets = [Drawn(x, range(len(x)), None, args.seed) for x in (train_images, fit[:256])]
         measure_scale(teacher, sets[1], settings, process)
@@ -1083,7 +1105,7 @@ def checked(args):
     positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
                 "accum", "save_every", "log_every", "demo")
     for name, value in vars(args).items():
-        low, high = int(name in positive), 1 if name == "keep" else sys.float_info.max
+        low, high = int(name in positive), 1 if name == "keep" else 2 ** 31
         require(type(value) not in (int, float) or low <= value <= high,
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
@@ -1114,23 +1136,6 @@ def read_run(args, window):
     require(not changed, f"{'; '.join(changed)}: --resume with the settings of {path}, or start "
             "anew with another --out")
     return saved
-
-
-def start_folder(args, done):
-    """Makes args.out ready: settings, and the log up to update `done`, without what comes again."""
-    with explaining(f"cannot write to --out {args.out}"):
-        os.makedirs(args.out, exist_ok=True)
-        files = ("args.json", "log.jsonl", "encoder.safetensors", "best.pt", "last.pt")
-        for name in files:  # what a run that was killed has left half-written
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(args.out, f"{name}.tmp"))
-        write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
-        log, lines = os.path.join(args.out, "log.jsonl"), []
-        for line in open(log) if os.path.exists(log) else ():
-            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-            if entry["step"] < done or entry["step"] == done and "val_loss" not in entry:
-                lines.append(line)
-        write_file(log, "".join(lines).encode())
 
 
 def run(args):
@@ -1173,11 +1178,9 @@ def run(args):
             if not saved and args.loss == "mse":
                 measure_scale(teacher, val_set, args, process)
             if process.rank == 0:
-                start_folder(args, done)
                 describe(args, process, vit, model, teacher, train_set, val_set, done)
             val_loss = train(model, teacher, train_set, val_set, args, process, saved)
-            text = (f"done     validation loss {val_loss:.4f} (1.0: the mean predictor's, for mse)\n"
-                    f"result   {os.path.join(args.out, 'encoder.safetensors')}, the aligned ViT")
+            text = f"done     validation loss {val_loss:.4f} (1.0: the mean predictor's, for mse)"
         except Stopped as where:
             text = f"stopped  {where}: to go on, repeat the command with --resume"
     if process.rank == 0:
@@ -1204,7 +1207,8 @@ def describe(args, process, vit, model, teacher, train_set, val_set, done):
           f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, from step "
           f"{done}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = {process.world} "
           f"processes x {args.batch_size} images x {args.accum}\n"
-          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}")
+          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}\n"
+          f"output   {args.out}: the aligned ViT is encoder.safetensors")
 
 
 def main(argv=None):
