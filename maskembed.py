@@ -422,9 +422,10 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         key, place, found, problem = seed_of(self.seed, *key), key[1], [], ""
-        for i in [place] + random.Random(key).choices(range(len(self)), k=20):
+        choices = [place] + random.Random(key).choices(range(len(self)), k=20)
+        for attempt, i in enumerate(choices):
             for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
-                seed(key)
+                seed((key + attempt) % 2 ** 32)
             try:
                 found.append(self.transform(self.read(self.indices[i])))
             except Exception as error:
@@ -524,13 +525,13 @@ def read_ahead(data, sampler, workers, device):
     for images, problems in torch.utils.data.DataLoader(
             data, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals,
             pin_memory=device.type == "cuda"):
-        for problem in problems:
-            if problem and problem not in data.named:
-                skipped(problem)
-                data.named.add(problem)
-        bad, seen = bad + sum(map(bool, problems)), seen + len(problems)
+        problems = list(filter(None, problems))
+        for problem in set(problems) - data.named:
+            skipped(problem)
+            data.named.add(problem)
+        bad, seen = bad + len(problems), seen + len(images)
         if seen >= 32:  # in a smaller batch it might be bad luck
-            require(bad <= seen / 2, f"{bad} of {seen} images are broken, the last: {problem}")
+            require(bad <= seen / 2, f"{bad} of {seen} images are broken, such as {problems[-1:]}")
             bad = seen = 0
         yield images.to(device, non_blocking=True)
 
