@@ -23,7 +23,7 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
 import argparse, collections, contextlib, copy, difflib, functools, itertools, json, math, os, re
-import random, signal, sys, threading, time, zlib
+import random, shutil, signal, sys, threading, time, zlib
 
 import huggingface_hub
 import numpy as np
@@ -35,12 +35,18 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import Mixup, create_dataset, create_transform, resolve_model_data_config
 from timm.layers import Mlp, PatchEmbed
-from timm.models import Beit, Eva, VisionTransformer
+from timm.models import Beit, Eva, VisionTransformer, checkpoint_seq, save_for_hf
 from timm.models.vision_transformer import Attention, Block
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
+
+try:
+    from torch.nn.attention.flex_attention import flex_attention
+except ImportError:  # torch 2.4
+    flex_attention = None
 
 MASKS = ("uniform", "bernoulli", "blockwise")
 LOSSES = ("mse", "l1", "cosine", "masked", "unmasked")
@@ -187,10 +193,15 @@ class Teacher(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def forward(self, images, masks):
-        return self.tokens(images, masks)[:, :, self.predicted].mul_(self.scale)
+    def compile(self, *args, **options):
+        """nn.Module.compile, but block by block: what is compiled for one serves them all."""
+        for block in self.vit.blocks:
+            block.compile(*args, **options)
 
-    @torch.no_grad()
+    def forward(self, images, masks):
+        return self.tokens(images, masks)[:, :, self.predicted] * self.scale
+
+    @torch.inference_mode()
     def tokens(self, images, masks):
         """f(m * x), all tokens, (B, K, T, D)."""
         _check_batch(images, masks, self.patch_embed)
@@ -199,9 +210,10 @@ class Teacher(nn.Module):
         x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
         blank = self.patch_embed(torch.zeros_like(images[:1]))
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
-        x = torch.where(visible, x[:, None], blank).flatten(0, 1)  # (B * K, N, D)
-        x = self.vit.fc_norm(self.vit.forward_features(x))  # (B * K, T, D); norm is in either place
-        return x.unflatten(0, masks.shape[:2])
+        # One mask after the other: less memory at a time, which on a CPU is also faster.
+        views = [self.vit.forward_features(torch.where(visible[:, k], x, blank))  # (B, T, D)
+                 for k in range(masks.shape[1])]
+        return self.vit.fc_norm(torch.stack(views, dim=1))  # (B, K, T, D); norm is in either place
 
 
 # ---- encoder and decoder -------------------------------------------------------------------------
@@ -210,9 +222,20 @@ class SoftcapAttention(Attention):
 
     def forward(self, x, **_):  # timm's attn_mask and is_causal: never set here
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        a = (self.q_norm(q) * (self.scale / self.softcap)) @ self.k_norm(k).mT  # (B, heads, T, T)
-        a = self.attn_drop((self.softcap * a.tanh()).softmax(dim=-1))
-        return self.proj_drop(self.proj(self.norm((a @ v).transpose(1, 2).flatten(2))))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if x.is_cuda and torch.compiler.is_compiling() and flex_attention and not self.attn_drop.p:
+            x = self.fused(q, k, v)
+        else:
+            a = ((q * (self.scale / self.softcap)) @ k.mT).tanh_()  # (B, heads, T, T)
+            with torch.autocast(x.device.type, enabled=False):  # softmax needs no copy in float32
+                x = self.attn_drop((self.softcap * a).softmax(dim=-1)) @ v.to(a.dtype)
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
+
+    def fused(self, q, k, v):
+        """The same in one kernel, where it is compiled: the logits never reach the memory."""
+        def capped(logit, *_):
+            return self.softcap * torch.tanh(logit / self.softcap)
+        return flex_attention(q.to(v.dtype), k.to(v.dtype), v, score_mod=capped, scale=self.scale)
 
 
 class Decoder(nn.Module):
@@ -233,12 +256,14 @@ class Decoder(nn.Module):
             act_layer=type(mlp.act), mlp_layer=type(mlp), norm_layer=norm) for _ in range(layers)])
         self.norm = norm(width)
         self.head = nn.Linear(width, encoder.embed_dim)
+        self.grad_checkpointing = False
 
     def forward(self, tokens, masks):
         visible = F.pad(masks, (self.num_prefix, 0)).to(tokens.dtype)[..., None]  # prefix: hidden
         x = tokens[:, None] * visible + self.pos_embed  # (B, K, T, W): hidden ones keep their place
-        x = self.head(self.norm(self.blocks(x.flatten(0, 1))))  # (B * K, T, D)
-        return x.unflatten(0, masks.shape[:2])
+        x = x.flatten(0, 1)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.head(self.norm(x)).unflatten(0, masks.shape[:2])  # (B, K, T, D)
 
 
 class MaskEmbed(nn.Module):
@@ -273,6 +298,16 @@ class MaskEmbed(nn.Module):
             nn.init.zeros_(parameter)
         self.decoder = Decoder(encoder, width, decoder_layers)
         self.to(next(vit.parameters()))  # its device and dtype
+
+    def compile(self, *args, **options):
+        """nn.Module.compile, but block by block: what is compiled for one serves them all."""
+        for block in [*self.encoder.blocks, *self.decoder.blocks]:
+            block.compile(*args, **options)
+
+    def set_grad_checkpointing(self, enable=True):
+        """Blocks are computed again in the backward pass, instead of keeping what it needs."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
 
     def forward(self, images, masks):
         _check_batch(images, masks, self.encoder.patch_embed)
@@ -407,21 +442,23 @@ def seed_of(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """[epoch, i] -> (float (3, H, W), ""), decided by (seed, epoch, i) alone, whoever asks.
+    """[epoch, i] -> (float (3, H, W), "", seconds), decided by (seed, epoch, i) alone.
 
     read(indices[i]) is a PIL image. For one that cannot be read comes another, chosen by the same
     rule, and the text says what was wrong. mix: timm's Mixup of each image with another, or None.
+    `work` and `wait` add up the seconds that reading took, and that the training waited for it.
     """
 
     def __init__(self, read, indices, transform, seed=0, mix=None):
         self.read, self.indices, self.transform = read, indices, transform
-        self.seed, self.mix, self.named = seed, mix, set()
+        self.seed, self.mix, self.named, self.work, self.wait = seed, mix, set(), 0.0, 0.0
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, key):
         key, place, found, problem = seed_of(self.seed, *key), key[1], [], ""
+        began = time.perf_counter()
         choices = [place] + random.Random(key).choices(range(len(self)), k=20)
         for attempt, i in enumerate(choices):
             for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
@@ -430,10 +467,10 @@ class Images(torch.utils.data.Dataset):
                 found.append(self.transform(self.read(self.indices[i])))
             except Exception as error:
                 problem = problem or str(error) or repr(error)
-            if found and not self.mix:
-                return found[0], problem
-            if len(found) == 2:
-                return self.mix(torch.stack(found), torch.zeros(2, dtype=torch.long))[0][0], problem
+            if len(found) == (2 if self.mix else 1):
+                if self.mix:
+                    found = self.mix(torch.stack(found), torch.zeros(2, dtype=torch.long))[0]
+                return found[0], problem, time.perf_counter() - began
         raise InputError(f"20 images in a row cannot be read, first {problem}")
 
 
@@ -521,10 +558,12 @@ def load(data, windows, num_patches, args, process):
 
 def read_ahead(data, sampler, workers, device):
     """Yields the batches that `sampler` lists, on the device; names each broken image once."""
-    bad = seen = 0
-    for images, problems in torch.utils.data.DataLoader(
+    bad, seen, began = 0, 0, time.perf_counter()
+    for images, problems, seconds in torch.utils.data.DataLoader(
             data, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals,
             pin_memory=device.type == "cuda"):
+        data.wait += time.perf_counter() - began
+        data.work += seconds.sum().item() / max(1, workers)
         problems = list(filter(None, problems))
         for problem in set(problems) - data.named:
             skipped(problem)
@@ -534,6 +573,7 @@ def read_ahead(data, sampler, workers, device):
             require(bad <= seen / 2, f"{bad} of {seen} images are broken, such as {problems[-1:]}")
             bad = seen = 0
         yield images.to(device, non_blocking=True)
+        began = time.perf_counter()
 
 
 def ignore_signals(_):
@@ -617,10 +657,14 @@ def read_file(path):
     """A checkpoint as a dict. Code that a file may hold is never run; ValueError if unreadable."""
     torch.serialization.add_safe_globals([argparse.Namespace])  # in the authors' files, and inert
     with explaining(f"cannot read {path}"):
+        if os.path.isdir(path):  # timm's hub layout
+            with open(os.path.join(path, "config.json")) as file:
+                config = json.load(file)
+            about = {"model": config["architecture"], **config.get("maskembed", {})}
+            weights = os.path.join(path, "model.safetensors")
+            return {"model": safetensors.torch.load_file(weights), "args": about}
         if str(path).endswith(".safetensors"):
-            with safetensors.safe_open(path, "pt") as file:
-                args = json.loads((file.metadata() or {}).get("maskembed", "{}"))
-                return {"model": {k: file.get_tensor(k) for k in file.keys()}, "args": args}
+            return safetensors.torch.load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -628,10 +672,10 @@ def start_folder(args, done):
     """Makes args.out ready: settings, and the log up to update `done`, without what comes again."""
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        files = ("args.json", "log.jsonl", "encoder.safetensors", "best.pt", "last.pt")
-        for name in files:  # what a run that was killed has left half-written
+        for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):  # what a killed run has left
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(args.out, f"{name}.tmp"))
+        shutil.rmtree(os.path.join(args.out, "encoder.tmp"), ignore_errors=True)
         write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
         log, lines = os.path.join(args.out, "log.jsonl"), []
         for line in open(log) if os.path.exists(log) else ():
@@ -687,7 +731,7 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
 def load_aligned(path, model=None):
     """An aligned encoder as a timm ViT in eval mode: vit(images) -> all tokens (B, T, D), normed.
 
-    path: last.pt, best.pt or encoder.safetensors of a run, or a checkpoint of the authors' code.
+    path: last.pt, best.pt or encoder/ of a run, or a checkpoint of the authors' code.
     model: a timm name, where the file does not say it; names svit_... are the authors' for vit_...
     with a soft cap of 30, which is built in here. Raises ValueError if anything does not fit.
     """
@@ -771,7 +815,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.95),
-        weight_decay=args.weight_decay, fused=process.device.type == "cuda")
+        weight_decay=args.weight_decay, fused=process.device.type != "mps")
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     step, best, losses = 0, math.inf, []  # updates made, lowest validation loss, not yet logged
     if saved:
@@ -781,6 +825,12 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
             scaler.load_state_dict(saved["scaler"])
     if process.rank == 0:
         start_folder(args, step)
+    flops = count_flops(model, teacher, train_set[0, 0][0], args, process)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.compile or args.compile is None and process.device.type == "cuda":
+        teacher.compile()
+        model.compile()
     parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
     windows = training_windows(len(train_set), window, args.seed, step, total)
     stream, shown = load(train_set, windows, num_patches, args, process), {}
@@ -788,7 +838,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     def checkpoint(name="last.pt"):  # the state after `step` updates, before any validation
         losses[:] = mean_losses(losses, step, process)
         if process.rank == 0:
-            save(args, name, model, dict(
+            write_file(os.path.join(args.out, name), dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best,
                 scaler=scaler.state_dict(), scale=teacher.scale.item(), losses=losses,
                 sizes=[len(train_set), len(val_set)], args={**vars(args), "global_batch": window}))
@@ -817,11 +867,16 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
             if step % args.log_every == 0:
                 losses[:] = mean_losses(losses, step, process)
                 loss = sum(losses) / len(losses)
-                speed = (step - since) * window / (time.perf_counter() - clock)
-                write_log(args, process, step=step, loss=loss, lr=lr, speed=speed)
-                bar.set_postfix(shown | dict(loss=f"{loss:.4f}", lr=f"{lr:.1e}"))
+                images, seconds = (step - since) * window, time.perf_counter() - clock
+                rates = dict(  # images/s of the training, and of the reading alone
+                    speed=images / seconds, loader=images / max(train_set.work, 1e-9),
+                    wait=train_set.wait / seconds, tflops=images / seconds * flops / 1e12)
+                write_log(args, process, step=step, loss=loss, lr=lr, **rates)
+                shown |= dict(loss=f"{loss:.4f}", lr=f"{lr:.1e}", wait=f"{rates['wait']:.0%}",
+                              tflops=f"{rates['tflops']:.2f}")
+                bar.set_postfix(shown)
                 losses.clear()
-                clock, since = time.perf_counter(), step
+                clock, since, train_set.work, train_set.wait = time.perf_counter(), step, 0.0, 0.0
             if step % per_epoch == 0 or step % args.save_every == 0:
                 checkpoint()
     except Stopped:
@@ -830,6 +885,17 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     finally:
         stream.close()
         bar.close()
+
+
+def count_flops(model, teacher, image, args, process):
+    """Operations that one training image takes, forward and backward, counted on one."""
+    images = image[None].to(process.device)
+    masks = sample_masks(1, teacher.num_patches, args.mask_kind, args.keep, args.complement,
+                         args.full, device=process.device)
+    with FlopCounterMode(display=False) as counter, process.autocast():
+        reconstruction_loss(model(images, masks), teacher(images, masks), masks).backward()
+    model.zero_grad()
+    return counter.get_total_flops()
 
 
 def mean_losses(losses, step, process):
@@ -854,9 +920,17 @@ def validate(model, teacher, data, step, args, process):
     value = evaluate(loss, data, teacher.num_patches, args, process).item()
     model.train()
     require(math.isfinite(value), f"validation loss {value} after step {step}: try a lower --lr")
-    write_log(args, process, step=step, val_loss=value)
+    entry = dict(val_loss=value)
     if process.rank == 0:
-        picture(os.path.join(args.out, "patches.png"), model, teacher, data, process)
+        images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))]).to(process.device)
+        picture(os.path.join(args.out, "patches.png"), model, teacher, images, process)
+        if hasattr(model.encoder, "pretrained_cfg"):  # timm has no name for the demo's ViT
+            with explaining(f"cannot write to {args.out}"):
+                folder = os.path.join(args.out, "encoder")
+                entry["plain_timm"] = export(folder, model.encoder, args, images)
+            tqdm.write(f"aligned  {folder} after step {step}: validation loss {value:.4f}; in plain "
+                       f"timm, which has no soft cap, tokens differ by {entry['plain_timm']:.1e}")
+    write_log(args, process, step=step, **entry)
     return value
 
 
@@ -871,14 +945,32 @@ def write_log(args, process, **entry):
             wandb.log(entry, step=entry["step"])
 
 
-def save(args, name, model, state):
-    """last.pt or best.pt, all that is needed to go on; the aligned ViT alone, under timm's keys."""
-    encoder = {k.replace("fc_norm.", "norm."): v.contiguous()  # its name with global_pool=""
-               for k, v in model.encoder.state_dict().items() if not k.startswith("head.")}
-    about = json.dumps({k: state["args"][k] for k in ("model", "softcap", "img_size")})
-    encoder = safetensors.torch.save(encoder, metadata={"maskembed": about})
-    write_file(os.path.join(args.out, "encoder.safetensors"), encoder)
-    write_file(os.path.join(args.out, name), state)
+@torch.no_grad()
+def export(folder, encoder, args, images):
+    """The aligned ViT in timm's hub layout: timm.create_model(f"local-dir:{folder}").
+
+    Plain timm has no soft cap: returns, and writes into config.json, how far its tokens of `images`
+    are from the encoder's, as a share of their norm. load_aligned(folder) gives the exact model.
+    """
+    ours, plain = encoder.fc_norm(encoder.forward_features(images)), copy.deepcopy(encoder)
+    plain.set_grad_checkpointing(False)
+    for block in plain.blocks:
+        if isinstance(block.attn, SoftcapAttention):
+            block.attn.__class__ = Attention
+    plain.head = nn.Identity()
+    if not isinstance(plain.fc_norm, nn.Identity):  # with global_pool="" timm calls it norm
+        plain.norm, plain.fc_norm = plain.fc_norm, nn.Identity()
+    difference = ((plain(images) - ours).norm() / ours.norm()).item()
+    size = list(encoder.patch_embed.img_size)
+    plain.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": [3, *size], "num_classes": 0}
+    about = dict(model=args.model, softcap=args.softcap, img_size=size, difference=difference)
+    save_for_hf(plain.cpu(), f"{folder}.tmp", {"maskembed": about}, safe_serialization=True,
+                model_args={"img_size": size, "num_classes": 0, "global_pool": ""})
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(f"{folder}.tmp"):
+        os.replace(os.path.join(f"{folder}.tmp", name), os.path.join(folder, name))
+    os.rmdir(f"{folder}.tmp")
+    return difference
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -909,9 +1001,8 @@ def save_picture(path, columns, legend=(), size=128):
 
 
 @torch.no_grad()
-def picture(path, model, teacher, data, process):
-    """Eight images of `data` and their patch embeddings before and after, components as colours."""
-    images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))]).to(process.device)
+def picture(path, model, teacher, images, process):
+    """Images (B, 3, H, W) and their patch embeddings before and after, components as colours."""
     grid, encoder = model.encoder.patch_embed.grid_size, model.encoder
     with process.autocast():
         before = teacher.tokens(images, images.new_ones(len(images), 1, teacher.num_patches))[:, 0]
@@ -957,7 +1048,7 @@ class Drawn(Images):
     """Images that are tensors already: a demo has no time to decode them again."""
 
     def __getitem__(self, key):
-        return self.read[key[1]], ""
+        return self.read[key[1]], "", 0.0
 
 
 def pretrain(vit, images, present, steps):
@@ -1071,7 +1162,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="PATH", help="folder, tar, torch/... or hfds/...")
     g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
-    g.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="per process")
+    g.add_argument("--workers", type=int, help="that read images, per process; "
+                   "the machine's cores / processes on it if left out")
     g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
     g.add_argument("--mixup", type=float, default=0.0, help="alpha, 0 = off")
     g.add_argument("--cutmix", type=float, default=0.0, help="alpha, 0 = off")
@@ -1087,6 +1179,8 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="of all that is random")
     g = parser.add_argument_group("run")
     g.add_argument("--dtype", default="auto", choices=dtypes, help="of matrix products")
+    g.add_argument("--grad-checkpointing", action=yes_no, default=False, help="less memory, for a "
+                   "third more time")
     g.add_argument("--compile", action=yes_no, help="torch.compile; on cuda if left out")
     g.add_argument("--out", metavar="DIR", help="output folder; output/MODEL if left out")
     g.add_argument("--resume", action=yes_no, default=False, help="go on from DIR/last.pt, if any")
@@ -1101,6 +1195,8 @@ def parse_args(argv=None):
 
 def checked(args):
     """The same settings, dependent defaults filled in; ValueError where one is out of range."""
+    if args.workers is None:
+        args.workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
     positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
@@ -1131,7 +1227,8 @@ def read_run(args, window):
             print(f"schedule stretched from {before['epochs']} to {args.epochs} epochs: the "
                   "learning rate jumps to where it would be in the longer run")
             before = {**before, "epochs": args.epochs}
-    free = "batch_size accum workers compile out resume save_every log_every wandb".split()
+    free = ("batch_size accum workers compile grad_checkpointing out resume save_every log_every "
+            "wandb").split()
     changed = [f"{name} was {before.get(name)}, not {value}" for name, value in now.items()
                if name not in free and before.get(name) != value]
     require(not changed, f"{'; '.join(changed)}: --resume with the settings of {path}, or start "
@@ -1165,9 +1262,6 @@ def run(args):
     train_set, val_set = open_images(args, vit, window)
     if process.rank == 0:
         all_ranks(process, "go on")
-    if args.compile or args.compile is None and process.device.type == "cuda":
-        teacher.compile()
-        model.compile()
     if saved:
         sizes = [len(train_set), len(val_set)]
         with explaining(f"{args.out}/last.pt does not fit"):
@@ -1181,7 +1275,7 @@ def run(args):
             if process.rank == 0:
                 describe(args, process, vit, model, teacher, train_set, val_set, done)
             val_loss = train(model, teacher, train_set, val_set, args, process, saved)
-            text = f"done     validation loss {val_loss:.4f} (1.0: the mean predictor's, for mse)"
+            text = f"done     validation loss {val_loss:.4f}; 1.0 is the mean predictor's, for mse"
         except Stopped as where:
             text = f"stopped  {where}: to go on, repeat the command with --resume"
     if process.rank == 0:
@@ -1209,7 +1303,7 @@ def describe(args, process, vit, model, teacher, train_set, val_set, done):
           f"{done}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = {process.world} "
           f"processes x {args.batch_size} images x {args.accum}\n"
           f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}\n"
-          f"output   {args.out}: the aligned ViT is encoder.safetensors")
+          f"output   {args.out}")
 
 
 def main(argv=None):
