@@ -11,19 +11,20 @@ sees the whole image; from g's *visible* patch embeddings a small decoder h must
 To succeed for every mask m, each embedding must carry what its own patch contributes.
 
     paper  here               shape         B images, K masks of each, N patches, P prefix tokens
-    x      images             (B, C, H, W)  (class, registers), T = P + N tokens, D channels, W the
+    x      images             (B, C, H, W)  (class, registers), T = P + N tokens, D channels, E the
     m      masks              (B, K, N)     decoder's width (D unless chosen otherwise).
     f      Teacher            (B, K, T, D)
-    g      MaskEmbed.encoder  (B, T, W)     A mask is 1 where a patch is visible and 0 where it is
+    g      MaskEmbed.encoder  (B, T, E)     A mask is 1 where a patch is visible and 0 where it is
     h      MaskEmbed.decoder  (B, K, T, D)  hidden, and `keep` is the visible share, everywhere.
     s      Teacher.scale      scalar        s = 1 / standard deviation of the targets
 
     python maskembed.py --demo                                               # 3 minutes, a laptop
-    python maskembed.py --model vit_base_patch16_clip_224.openai --data DIR  # one GPU
+    python maskembed.py --data DIR --batch-size 256 --accum 4                # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
 import argparse, collections, contextlib, copy, difflib, functools, itertools, json, math, os, re
-import random, shutil, signal, sys, threading, time, zlib
+import random, signal, sys, time, zlib
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -35,7 +36,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import Mixup, create_dataset, create_transform, resolve_model_data_config
 from timm.layers import Mlp, PatchEmbed
-from timm.models import Beit, Eva, VisionTransformer, checkpoint_seq, save_for_hf
+from timm.models import Beit, Eva, VisionTransformer, checkpoint_seq
+from timm.models._hub import save_config_for_hf
 from timm.models.vision_transformer import Attention, Block
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -114,6 +116,7 @@ def _rectangles(batch_size, num_patches, keep, rand, count=32):
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     turn = torch.arange(count, device=u.device)[:, None]  # (count, 1)
     first = torch.where(inside, turn, count).amin(dim=1)  # (B, N): the turn that shows each patch
+    index = torch.where(rand(batch_size, 1) < 0.5, index, num_patches - 1 - index)  # or upwards
     place = (first * num_patches + index).argsort(dim=1).argsort(dim=1)  # in order of appearance
     return place < math.ceil(largest - 1e-6)  # 1e-6: 0.7 * 10 is a little over 7
 
@@ -153,11 +156,20 @@ def _check_batch(images, masks, embed):
 
 
 # ---- teacher -------------------------------------------------------------------------------------
+def _choose_attention(blocks, device):
+    """timm's fused attention, but for bfloat16 on a CPU, where matrix products are faster."""
+    fused = device.type != "cpu" or not torch.is_autocast_enabled("cpu")
+    for block in blocks:
+        if getattr(block.attn, "fused_attn", fused) != fused:
+            block.attn.fused_attn = fused
+
+
 def _trunk(vit, prefix_only=False):
     """A copy of a timm ViT without pooling and head: all tokens come out, every weight is used."""
     plain = isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
     require(plain and isinstance(vit.patch_embed, PatchEmbed), f"this {type(vit).__name__} is no "
-            "plain ViT with patch tokens: choose a timm VisionTransformer, Beit or Eva")
+            "plain ViT: choose a timm VisionTransformer, Beit or Eva, without parallel blocks, "
+            "without convolutions before the patches")
     require(vit.num_prefix_tokens or not prefix_only, "prefix_only: this ViT has no prefix tokens")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
@@ -207,6 +219,7 @@ class Teacher(nn.Module):
         _check_batch(images, masks, self.patch_embed)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
         # image once and put a blank patch's embedding where the mask is 0. Equal to mask_pixels.
+        _choose_attention(self.vit.blocks, images.device)
         x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
         blank = self.patch_embed(torch.zeros_like(images[:1]))
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
@@ -239,12 +252,13 @@ class SoftcapAttention(Attention):
 
 
 class Decoder(nn.Module):
-    """h: tokens (B, T, W), masks (B, K, N) -> (B, K, T, D); its blocks resemble the encoder's."""
+    """h: tokens (B, T, E), masks (B, K, N) -> (B, K, T, D); its blocks resemble the encoder's."""
 
     def __init__(self, encoder, width, layers):
         super().__init__()
         attn, mlp = encoder.blocks[0].attn, encoder.blocks[0].mlp
-        require(width % attn.num_heads == 0, f"{attn.num_heads} heads do not divide width {width}")
+        require(width > 0 and width % attn.num_heads == 0, f"{attn.num_heads} heads do not divide "
+                f"decoder_width {width}")
         plain = isinstance(attn, Attention)  # else Beit, Eva: bias, no qk norm
         norm = functools.partial(nn.LayerNorm, eps=1e-5)
         self.num_prefix = encoder.num_prefix_tokens
@@ -260,8 +274,9 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, masks):
         visible = F.pad(masks, (self.num_prefix, 0)).to(tokens.dtype)[..., None]  # prefix: hidden
-        x = tokens[:, None] * visible + self.pos_embed  # (B, K, T, W): hidden ones keep their place
-        x = x.flatten(0, 1)
+        # (B, K, T, E): of a hidden one only its place is left
+        x = torch.addcmul(self.pos_embed, tokens[:, None], visible).flatten(0, 1)
+        _choose_attention(self.blocks, x.device)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.head(self.norm(x)).unflatten(0, masks.shape[:2])  # (B, K, T, D)
 
@@ -312,7 +327,7 @@ class MaskEmbed(nn.Module):
     def forward(self, images, masks):
         _check_batch(images, masks, self.encoder.patch_embed)
         tokens = self.encoder.fc_norm(self.encoder.forward_features(images))  # (B, T, D), once
-        tokens = self.encoder.head(tokens)  # (B, T, W)
+        tokens = self.encoder.head(tokens)  # (B, T, E)
         return self.decoder(tokens, masks)[:, :, self.predicted]
 
 
@@ -400,7 +415,8 @@ def explaining(what):
 
 
 def find_images(folder):
-    """Paths of all images in a folder and the folders in it, sorted; loops of links do no harm."""
+    """Paths of all images in a folder and the folders in it, sorted, as an array of bytes, which
+    processes share as no list is shared. Loops of links do no harm."""
     files, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=skipped):
         folders.sort()
@@ -410,7 +426,7 @@ def find_images(folder):
             seen.add(os.path.realpath(place))
             files += [os.path.join(place, name) for name in sorted(names)
                       if name.lower().endswith((*IMG_EXTENSIONS, ".gif"))]
-    return files
+    return np.array([os.fsencode(name) for name in files])
 
 
 def skipped(problem):
@@ -419,11 +435,11 @@ def skipped(problem):
 
 
 def read_image(data, index):
-    """Image `index` of a list of files, of Letters, or of a timm or torchvision data set, in RGB.
+    """Image `index` of an array of files, of Letters, or of a timm or torchvision data set, in RGB.
 
     Raises ValueError with its name if it is broken, too large for Pillow, or too long for a crop.
     """
-    name = source = data[index] if isinstance(data, list) else None
+    name = source = os.fsdecode(data[index]) if isinstance(data, np.ndarray) else None
     try:
         if hasattr(data, "reader"):  # past timm's data[index], which hides broken files
             name, source = data.reader.filename(index), data.reader[index][0]
@@ -493,6 +509,7 @@ def open_images(args, vit, window):
         root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
         with explaining(f"--data {path}"):
             sets = [create_dataset("" if found else path, root, "train", download=not found)]
+            vars(getattr(sets[0], "reader", sets[0]))["cache_tarfiles"] = False  # none to share
     require(all(map(len, sets)), f"--data {path}: there are no images in it")
     train, val = np.arange(len(sets[0])), np.arange(len(sets[-1]))
     if len(sets) == 1:
@@ -538,7 +555,7 @@ def load(data, windows, num_patches, args, process):
     device, (b, 3, H, W) and (b, K, N), which in a short window may be empty.
 
     A window's masks are drawn together, seeded by its key: it does not matter who computes what.
-    Raises ValueError if most images are broken, and Stopped at the end of a window.
+    Raises ValueError if most images are broken, and Stopped before a window.
     """
     size = args.batch_size * args.accum * process.world
     shares = ((key, items[process.rank::process.world]) for key, items in windows)
@@ -547,7 +564,7 @@ def load(data, windows, num_patches, args, process):
                for j in range(0, len(items), args.batch_size))
     with contextlib.closing(read_ahead(data, sampler, args.workers, process.device)) as images:
         for key, items in shares:
-            if any(all_ranks(process, process.stop.is_set())):
+            if any(all_ranks(process, len(process.stop))):
                 raise Stopped("before the first step")
             generator = torch.Generator(process.device).manual_seed(seed_of(*key))
             masks = sample_masks(size, num_patches, args.mask_kind, args.keep, args.complement,
@@ -568,10 +585,8 @@ def read_ahead(data, sampler, workers, device):
         for problem in set(problems) - data.named:
             skipped(problem)
             data.named.add(problem)
-        bad, seen = bad + len(problems), seen + len(images)
-        if seen >= 32:  # in a smaller batch it might be bad luck
-            require(bad <= seen / 2, f"{bad} of {seen} images are broken, such as {problems[-1:]}")
-            bad = seen = 0
+        bad, seen = bad + len(problems), seen + len(images) * (2 if data.mix else 1)
+        require(bad <= max(16, seen / 2), f"{bad} of {seen} images are broken, such as {problems}")
         yield images.to(device, non_blocking=True)
         began = time.perf_counter()
 
@@ -591,7 +606,7 @@ def start_process(dtype="auto"):
 
     dtype "auto": bfloat16 where the device computes in it, else float16 on cuda, else float32.
     Returns Process(rank, world: how many, device, dtype, autocast: context of matrix products,
-    stop: an event that is set where the run is to end, see stopping).
+    stop: a list, which a signal to end the run goes into, see stopping).
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -612,7 +627,7 @@ def start_process(dtype="auto"):
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     autocast = functools.partial(torch.autocast, "cuda" if device.type == "cuda" else "cpu",
                                  getattr(torch, dtype), enabled=dtype != "float32")
-    return Process(rank, world, device, getattr(torch, dtype), autocast, threading.Event())
+    return Process(rank, world, device, getattr(torch, dtype), autocast, [])
 
 
 def all_ranks(process, value):
@@ -625,9 +640,9 @@ def all_ranks(process, value):
 
 @contextlib.contextmanager
 def stopping(stop):
-    """In this context SIGTERM and Ctrl-C set the event `stop`; a second Ctrl-C ends the program."""
-    def handler(*_):
-        stop.set()
+    """In this context SIGTERM and Ctrl-C go into the list `stop`; a second Ctrl-C is the end."""
+    def handler(number, _):
+        stop.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -675,7 +690,6 @@ def start_folder(args, done):
         for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):  # what a killed run has left
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(args.out, f"{name}.tmp"))
-        shutil.rmtree(os.path.join(args.out, "encoder.tmp"), ignore_errors=True)
         write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
         log, lines = os.path.join(args.out, "log.jsonl"), []
         for line in open(log) if os.path.exists(log) else ():
@@ -835,7 +849,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     windows = training_windows(len(train_set), window, args.seed, step, total)
     stream, shown = load(train_set, windows, num_patches, args, process), {}
 
-    def checkpoint(name="last.pt"):  # the state after `step` updates, before any validation
+    def checkpoint(name="last.pt"):  # the state after `step` updates, and before their validation
         losses[:] = mean_losses(losses, step, process)
         if process.rank == 0:
             write_file(os.path.join(args.out, name), dict(
@@ -866,6 +880,8 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
             bar.update(window)
             if step % args.log_every == 0:
                 losses[:] = mean_losses(losses, step, process)
+                require(not scaler.is_enabled() or scaler.get_scale() > 1e-3, "gradients overflow "
+                        f"in float16 at step {step}, at any scale: try --dtype float32")
                 loss = sum(losses) / len(losses)
                 images, seconds = (step - since) * window, time.perf_counter() - clock
                 rates = dict(  # images/s of the training, and of the reading alone
@@ -923,13 +939,14 @@ def validate(model, teacher, data, step, args, process):
     entry = dict(val_loss=value)
     if process.rank == 0:
         images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))]).to(process.device)
-        picture(os.path.join(args.out, "patches.png"), model, teacher, images, process)
-        if hasattr(model.encoder, "pretrained_cfg"):  # timm has no name for the demo's ViT
+        with explaining(f"cannot write to {args.out}"):
+            picture(os.path.join(args.out, "patches.png"), model, teacher, images, process)
+        if timm.is_model(args.model):  # the demo's is none of timm's
             with explaining(f"cannot write to {args.out}"):
                 folder = os.path.join(args.out, "encoder")
                 entry["plain_timm"] = export(folder, model.encoder, args, images)
-            tqdm.write(f"aligned  {folder} after step {step}: validation loss {value:.4f}; in plain "
-                       f"timm, which has no soft cap, tokens differ by {entry['plain_timm']:.1e}")
+            tqdm.write(f"step {step} validation loss {value:.4f}; in plain timm, without the soft "
+                       f"cap, the tokens of {folder} differ by {entry['plain_timm']:.1e}")
     write_log(args, process, step=step, **entry)
     return value
 
@@ -952,24 +969,20 @@ def export(folder, encoder, args, images):
     Plain timm has no soft cap: returns, and writes into config.json, how far its tokens of `images`
     are from the encoder's, as a share of their norm. load_aligned(folder) gives the exact model.
     """
-    ours, plain = encoder.fc_norm(encoder.forward_features(images)), copy.deepcopy(encoder)
-    plain.set_grad_checkpointing(False)
-    for block in plain.blocks:
-        if isinstance(block.attn, SoftcapAttention):
-            block.attn.__class__ = Attention
-    plain.head = nn.Identity()
-    if not isinstance(plain.fc_norm, nn.Identity):  # with global_pool="" timm calls it norm
-        plain.norm, plain.fc_norm = plain.fc_norm, nn.Identity()
-    difference = ((plain(images) - ours).norm() / ours.norm()).item()
     size = list(encoder.patch_embed.img_size)
-    plain.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": [3, *size], "num_classes": 0}
+    plain = timm.create_model(args.model, num_classes=0, global_pool="", img_size=size).eval()
+    load_weights(plain, {"model": encoder.state_dict()}, args.model)
+    ours = encoder.fc_norm(encoder.forward_features(images)).cpu()
+    difference = ((plain(images.cpu()) - ours).norm() / ours.norm()).item()
+    plain.pretrained_cfg.update(input_size=(3, *size), num_classes=0)
     about = dict(model=args.model, softcap=args.softcap, img_size=size, difference=difference)
-    save_for_hf(plain.cpu(), f"{folder}.tmp", {"maskembed": about}, safe_serialization=True,
-                model_args={"img_size": size, "num_classes": 0, "global_pool": ""})
     os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(f"{folder}.tmp"):
-        os.replace(os.path.join(f"{folder}.tmp", name), os.path.join(folder, name))
-    os.rmdir(f"{folder}.tmp")
+    config, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
+    save_config_for_hf(plain, config.with_suffix(".tmp"), {"maskembed": about},
+                       {"img_size": size, "num_classes": 0, "global_pool": ""})
+    write_file(weights, safetensors.torch.save(plain.state_dict()))
+    write_file(config, config.with_suffix(".tmp").read_bytes())
+    config.with_suffix(".tmp").unlink()
     return difference
 
 
@@ -1066,11 +1079,10 @@ def pretrain(vit, images, present, steps):
 
 def demo(args):
     """The paper's story in minutes, on the CPU: pretrain, align, probe, look; files in args.out."""
-    process = Process(0, 1, torch.device("cpu"), torch.float32, contextlib.nullcontext,
-                      threading.Event())
+    process = Process(0, 1, torch.device("cpu"), torch.float32, contextlib.nullcontext, [])
     steps, many = args.demo, min(2000, 8 * args.demo)  # images to fit the probes, images to test
     torch.manual_seed(args.seed)
-    taken = os.path.exists(os.path.join(args.out, "last.pt"))
+    taken = os.path.exists(os.path.join(args.out, "args.json"))  # which a demo writes further down
     require(not taken, f"{args.out} holds a run: choose another --out")
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
@@ -1107,7 +1119,8 @@ def demo(args):
     results = {}
     whole = "--mask-kind bernoulli --keep 1 --no-complement --no-full"  # the full mask alone
     for name, flags in (("aligned", ""), ("control", whole)):
-        words = f"--epochs 2 --batch-size 64 --lr 2e-3 --workers 0 --seed {args.seed} {flags}"
+        words = ("--model demo --skip-blocks 0 --epochs 2 --batch-size 64 --lr 2e-3 --workers 0 "
+                 f"--seed {args.seed} {flags}")
         settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
         teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
         sets = [Drawn(x, range(len(x)), None, args.seed) for x in (train_images, fit[:256])]
@@ -1207,6 +1220,7 @@ def checked(args):
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
     require(args.warmup_epochs < args.epochs, "--warmup-epochs must be less than --epochs")
+    require(not (args.demo and args.wandb), "--demo does not log to --wandb")
     require(args.mask_kind != "uniform" or args.keep == 0.5, "--keep does nothing to uniform masks")
     return args
 
@@ -1223,12 +1237,9 @@ def read_run(args, window):
     saved = read_file(path)
     with explaining(f"{path} is not from a run"):
         before, now = saved["args"], {**vars(args), "global_batch": window}
-        if args.epochs > before["epochs"]:
-            print(f"schedule stretched from {before['epochs']} to {args.epochs} epochs: the "
-                  "learning rate jumps to where it would be in the longer run")
-            before = {**before, "epochs": args.epochs}
-    free = ("batch_size accum workers compile grad_checkpointing out resume save_every log_every "
-            "wandb").split()
+        longer = ["epochs"] * (args.epochs > before["epochs"])  # stretches the schedule
+    free = longer + ("batch_size accum workers compile grad_checkpointing out resume save_every "
+                     "log_every wandb").split()
     changed = [f"{name} was {before.get(name)}, not {value}" for name, value in now.items()
                if name not in free and before.get(name) != value]
     require(not changed, f"{'; '.join(changed)}: --resume with the settings of {path}, or start "
@@ -1244,8 +1255,6 @@ def run(args):
     window = args.batch_size * args.accum * process.world
     saved = read_run(args, window)
     done = saved["step"] if saved else 0
-    require(len(set(all_ranks(process, done))) == 1, f"{args.out} is not the same folder for all "
-            "processes: --resume needs one that they share")
     if args.wandb and process.rank == 0:
         with explaining("--wandb: pip install wandb, and log in"):
             import wandb
@@ -1257,13 +1266,14 @@ def run(args):
     if args.freeze_encoder:  # all but its new norm and head
         for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("norm.", "fc_norm.", "head.")))
-    if process.rank > 0:
-        all_ranks(process, "wait")  # the first process downloads, if anything is to be downloaded
-    train_set, val_set = open_images(args, vit, window)
-    if process.rank == 0:
-        all_ranks(process, "go on")
+    for turn in (0, 1):  # the first process alone downloads, if anything is to be downloaded
+        if turn == min(process.rank, 1):
+            train_set, val_set = open_images(args, vit, window)
+        all_ranks(process, None)
+    sizes = [len(train_set), len(val_set)]
+    same = all(other == (done, sizes) for other in all_ranks(process, (done, sizes)))
+    require(same, f"not the same --data, or last.pt in {args.out}, for all processes: share them")
     if saved:
-        sizes = [len(train_set), len(val_set)]
         with explaining(f"{args.out}/last.pt does not fit"):
             require(saved["sizes"] == sizes, f"--data held {saved['sizes']} images, now {sizes}")
             model.load_state_dict(saved["model"])
@@ -1274,6 +1284,9 @@ def run(args):
                 measure_scale(teacher, val_set, args, process)
             if process.rank == 0:
                 describe(args, process, vit, model, teacher, train_set, val_set, done)
+                if saved and saved["args"]["epochs"] < args.epochs:
+                    print(f"schedule stretched from {saved['args']['epochs']} to {args.epochs} "
+                          "epochs: the learning rate jumps to where a longer run would have it")
             val_loss = train(model, teacher, train_set, val_set, args, process, saved)
             text = f"done     validation loss {val_loss:.4f}; 1.0 is the mean predictor's, for mse"
         except Stopped as where:
@@ -1289,7 +1302,7 @@ def describe(args, process, vit, model, teacher, train_set, val_set, done):
     """Prints what is going to happen, and with which weights: a bare timm name may hide others."""
     name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag") or "untagged"
     weights = args.checkpoint or (tag if args.pretrained else "random weights")
-    if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2", tag):
+    if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2|metaclip|dfn", tag):
         weights += " (a bare name: weights that are fine-tuned, or newer than the paper's)"
     embed, window = vit.patch_embed, args.batch_size * args.accum * process.world
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -230,6 +230,13 @@ def test_softcap_limits_logits_and_dynamo_compiles():
     tokens = [MaskEmbed(vit, softcap=c).encoder.forward_features(images) for c in (1e6, 0.0, 0.5)]
     torch.testing.assert_close(tokens[0], tokens[1])
     assert (tokens[2] - tokens[1]).abs().max() > 1e-3
+    if maskembed.flex_attention:  # the fused path is for CUDA; it runs, forward, on the CPU too
+        attention = MaskEmbed(vit.float(), softcap=0.5).encoder.blocks[0].attn.requires_grad_(False)
+        x = 3 * torch.randn(2, 17, 32)
+        qkv = attention.qkv(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        fused = attention.proj(attention.fused(*qkv).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(fused, attention(x))
+        vit = tiny("clip")
     model, teacher = fill(MaskEmbed(vit), 1), Teacher(vit)
     expected = model(images, masks), teacher(images, masks)
     keys = list(model.state_dict())
@@ -351,7 +358,8 @@ def last(folder, name="last.pt"):
 
 def log(folder):
     lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "speed"} for line in lines]
+    clock = ("speed", "loader", "wait", "tflops")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
 def assert_same_run(one, two):
@@ -363,8 +371,9 @@ def assert_same_run(one, two):
         for a, b in zip(flat[0][0], flat[1][0]):
             assert torch.equal(a, b) if torch.is_tensor(a) else a == b
     assert log(one) == log(two)
-    encoders = [(folder / "encoder.safetensors").read_bytes() for folder in (one, two)]
-    assert encoders[0] == encoders[1]
+    for name in ("model.safetensors", "config.json"):
+        files = [(folder / "encoder" / name).read_bytes() for folder in (one, two)]
+        assert files[0] == files[1]
     assert sorted(os.listdir(one)) == sorted(os.listdir(two))  # nothing half-written lies there
 
 
@@ -408,13 +417,16 @@ def test_a_killed_run_ends_like_one_that_was_not(world, workers, accum, dtype, p
     run = functools.partial(launch, *words, world=world)
     codes, text = run("--out", tmp_path / "whole")
     assert codes == [0] * world, text
-    rng = random.Random(f"{world} {workers}")
-    for fault in (("update", rng.randrange(4, 7), "killed"),
-                  ("write_file", rng.randrange(3, 8), "half")):
-        codes, text = run("--out", tmp_path / "killed", fault=functools.partial(fails, *fault, 0))
+    rng, killed = random.Random(f"{world} {workers}"), tmp_path / "killed"
+    for fault in (("update", rng.randrange(4, 8), "killed"),  # in the first epoch, and in a save
+                  ("write_file", rng.randrange(5, 8), "half")):
+        codes, text = run("--out", killed, fault=functools.partial(fails, *fault, 0))
         assert codes[0] == -signal.SIGKILL and 0 not in codes, text
-    assert 0 < last(tmp_path / "killed")["step"] < 12
-    assert run("--out", tmp_path / "killed")[0] == [0] * world
+    assert 6 <= last(killed)["step"] < 14
+    (killed / "best.pt.tmp").write_bytes(b"half")
+    with open(killed / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "los')
+    assert run("--out", killed)[0] == [0] * world
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -436,7 +448,7 @@ def test_one_process_equals_two(photos, tmp_path):
         torch.testing.assert_close(state["model"], first["model"], rtol=0, atol=1e-6)
         assert state["scale"] == pytest.approx(first["scale"], rel=1e-6)
         for one, two in zip(log(tmp_path / "0"), log(tmp_path / str(out))):
-            assert one == pytest.approx(two, rel=1e-6)
+            assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
 
 
 def test_stopped_by_a_signal(tmp_path):
@@ -542,17 +554,28 @@ def test_exported_encoder_and_checkpoints(model, softcap, freeze, tmp_path, monk
     frozen = "--freeze-encoder" if freeze else "--no-freeze-encoder"
     maskembed.main(small("--model", model, "--softcap", softcap, "--out", tmp_path, frozen))
     state, images = last(tmp_path), torch.randn(2, 3, 32, 32)
-    trained = MaskEmbed(maskembed.load_vit(model, False, 32), softcap=softcap)
+    vit = maskembed.load_vit(model, False, 32)
+    trained = MaskEmbed(vit, softcap=softcap)
     trained.load_state_dict(state["model"])
     expected = trained.encoder.fc_norm(trained.encoder.forward_features(images))
-    for file in ("last.pt", "encoder.safetensors"):
+    for file in ("last.pt", "encoder"):
         aligned = maskembed.load_aligned(tmp_path / file)
         torch.testing.assert_close(aligned(images), expected)
-    timms = timm.create_model(model, pretrained=False, num_classes=0, global_pool="", img_size=32,
-                              checkpoint_path=str(tmp_path / "encoder.safetensors"))
-    timms.norm.eps = 1e-5  # the fresh norm's; most timm models have 1e-6
-    distance = (timms(images) - expected).abs().max()
-    assert distance < 1e-5 if softcap == 0 else distance > 0
+    # Plain timm, in both ways, with nothing of ours; what it lacks is the soft cap.
+    monkeypatch.undo()
+    timms = timm.create_model(model, num_classes=0, global_pool="", img_size=32, **shrunk,
+                              checkpoint_path=str(tmp_path / "encoder" / "model.safetensors"))
+    assert (timms.eval()(images) - expected).norm() < 0.02 * expected.norm()
+    if timm.__version__ >= "1.0.26":  # older ones cannot read safetensors in a folder
+        folder = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
+        torch.testing.assert_close(folder.eval()(images), timms(images))
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    assert config["model_args"]["img_size"] == [32, 32] == config["pretrained_cfg"]["input_size"][1:]
+    assert config["pretrained_cfg"]["mean"] == list(vit.pretrained_cfg["mean"])
+    stated = config["maskembed"]["difference"]
+    assert stated == log(tmp_path)[-1]["plain_timm"]
+    assert 0 < stated < 0.02  # of random weights: mostly the final norm's eps, 1e-5 here
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **shrunk, **k))
     if freeze:
         torch.manual_seed(0)
         start = maskembed.load_vit(model, False, 32).state_dict()
@@ -726,6 +749,18 @@ def test_accumulation_is_the_mean():
         whole = reconstruction_loss(start(images, masks), teacher(images, masks), masks)
         torch.testing.assert_close(loss, whole.detach())
     torch.testing.assert_close(*(m.state_dict() for m in models), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_grad_checkpointing_changes_nothing_but_memory(name):
+    vit, gradients = tiny(name), []
+    images, masks = inputs(vit)
+    for checkpointing in (False, True):
+        model = fill(MaskEmbed(vit, 30.0 * (name in PLAIN)), 1)
+        model.set_grad_checkpointing(checkpointing)
+        model(images, masks).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_split_rules(tmp_path):
