@@ -936,22 +936,21 @@ def validate(model, teacher, data, step, args, process):
     value = evaluate(loss, data, teacher.num_patches, args, process).item()
     model.train()
     require(math.isfinite(value), f"validation loss {value} after step {step}: try a lower --lr")
-    entry = dict(val_loss=value)
+    entry, patches = dict(val_loss=value), os.path.join(args.out, "patches.png")
     if process.rank == 0:
         images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))]).to(process.device)
         with explaining(f"cannot write to {args.out}"):
-            picture(os.path.join(args.out, "patches.png"), model, teacher, images, process)
-        if timm.is_model(args.model):  # the demo's is none of timm's
-            with explaining(f"cannot write to {args.out}"):
+            picture(patches, model, teacher, images, process)
+            if timm.is_model(args.model):  # the demo's is none of timm's
                 folder = os.path.join(args.out, "encoder")
                 entry["plain_timm"] = export(folder, model.encoder, args, images)
-            tqdm.write(f"step {step} validation loss {value:.4f}; in plain timm, without the soft "
-                       f"cap, the tokens of {folder} differ by {entry['plain_timm']:.1e}")
-    write_log(args, process, step=step, **entry)
+                tqdm.write(f"step {step} validation loss {value:.4f}; in plain timm, without the soft "
+                           f"cap, the tokens of {folder} differ by {entry['plain_timm']:.1e}")
+    write_log(args, process, patches, step=step, **entry)
     return value
 
 
-def write_log(args, process, **entry):
+def write_log(args, process, patches=None, **entry):
     """Appends a line to log.jsonl, and to wandb where that was asked for."""
     if process.rank == 0:
         with explaining(f"cannot write to {args.out}"):
@@ -959,7 +958,8 @@ def write_log(args, process, **entry):
                 file.write(json.dumps(entry) + "\n")
         if args.wandb:
             import wandb
-            wandb.log(entry, step=entry["step"])
+            pictures = {"patches": wandb.Image(patches)} if patches else {}
+            wandb.log({**entry, **pictures}, step=entry["step"])
 
 
 @torch.no_grad()
@@ -977,12 +977,13 @@ def export(folder, encoder, args, images):
     plain.pretrained_cfg.update(input_size=(3, *size), num_classes=0)
     about = dict(model=args.model, softcap=args.softcap, img_size=size, difference=difference)
     os.makedirs(folder, exist_ok=True)
-    config, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
-    save_config_for_hf(plain, config.with_suffix(".tmp"), {"maskembed": about},
-                       {"img_size": size, "num_classes": 0, "global_pool": ""})
-    write_file(weights, safetensors.torch.save(plain.state_dict()))
-    write_file(config, config.with_suffix(".tmp").read_bytes())
-    config.with_suffix(".tmp").unlink()
+    draft = Path(folder, "config.tmp")
+    save_config_for_hf(plain, draft, {"maskembed": about}, {"img_size": size, "global_pool": ""})
+    config = json.loads(draft.read_text())
+    config["model_args"].pop("num_classes", None)  # said at the top; transformers wants it once
+    write_file(os.path.join(folder, "model.safetensors"), safetensors.torch.save(plain.state_dict()))
+    write_file(os.path.join(folder, "config.json"), json.dumps(config, indent=1).encode())
+    draft.unlink()
     return difference
 
 

@@ -695,6 +695,30 @@ def test_bad_input_is_one_line_and_exit_code_2(photos, tmp_path, capsys, monkeyp
     assert slow.returncode == 2 and "Traceback" not in slow.stderr
 
 
+def test_wandb_gets_settings_values_and_picture(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = program(*small("--out", "out", "--wandb", "masks"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    recorded, = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = recorded.read_bytes()
+    for entry in map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()):
+        for name, value in entry.items():
+            assert name.encode() in content and json.dumps(value).encode() in content
+    assert b"num_images" in content and b"masks" in content  # settings, project
+    assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/patches*.png"))
+
+
+def test_transformers_opens_the_exported_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    maskembed.main(small("--out", tmp_path))
+    model = transformers.AutoModel.from_pretrained(tmp_path / "encoder")
+    images = torch.randn(2, 3, 32, 32)
+    tokens = model(images).last_hidden_state
+    aligned = maskembed.load_aligned(tmp_path / "encoder")(images)
+    assert (tokens - aligned).norm() < 0.02 * aligned.norm()
+
+
 def test_most_of_a_batch_broken(tmp_path, capsys):
     for i in range(40):
         maskembed.Letters(50)[i][0].save(tmp_path / f"{i}.png")
