@@ -218,10 +218,12 @@ class Teacher(nn.Module):
         """f(m * x), all tokens, (B, K, T, D)."""
         _check_batch(images, masks, self.patch_embed)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
-        # image once and put a blank patch's embedding where the mask is 0. Equal to mask_pixels.
+        # image once and put a blank patch's embedding, the bias, where m is 0. As mask_pixels does.
         _choose_attention(self.vit.blocks, images.device)
         x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
-        blank = self.patch_embed(torch.zeros_like(images[:1]))
+        bias = self.patch_embed.proj.bias
+        blank = x.new_zeros(x.shape[-1]) if bias is None else bias.to(x.dtype)
+        blank = self.patch_embed.norm(blank).to(x.dtype)
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
         # One mask after the other: less memory at a time, which on a CPU is also faster.
         views = [self.vit.forward_features(torch.where(visible[:, k], x, blank))  # (B, T, D)
