@@ -536,6 +536,31 @@ def test_resume_refuses_what_does_not_fit(tmp_path, capsys):
     assert len(log(tmp_path)) == 9
 
 
+def test_two_nodes_restart_by_themselves(tmp_path):
+    words = small("--num-images", 400, "--batch-size", 4, "--save-every", 7, "--resume")
+    codes, text = launch(*words, "--out", tmp_path / "whole", world=2)
+    assert codes == [0, 0], text
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = "127.0.0.1:{}".format(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+               "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-id=test", "--local-addr=127.0.0.1",
+               f"--rdzv-endpoint={endpoint}", str(HERE / "maskembed.py"), *words, "--out", "killed"]
+    nodes = [subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+             for _ in range(2)]
+    while not (tmp_path / "killed" / "last.pt").exists():
+        assert nodes[0].poll() is None
+        time.sleep(0.02)
+    worker = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True)
+    os.kill(int(worker.stdout.split()[-1]), signal.SIGKILL)
+    texts = [node.communicate(timeout=150)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert sum(re.findall(r"from step (\d+)", text) != [] for text in texts) == 1
+    assert len(re.findall(r"from step \d+", "".join(texts))) == 2
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def full_disk(at, rank):
     """The disk is full at the last.pt of update `at`: what is written there meets no room."""
     def write_file(path, data, original=maskembed.write_file):
@@ -850,6 +875,17 @@ def test_demo_of_20_steps(tmp_path):
         assert not torch.equal(one, other)
     assert len(panels[1].flatten(1).unique(dim=1).T) <= 10  # class colours, and the white between
     assert (tmp_path / "d" / "aligned" / "patches.png").exists()
+
+
+def test_every_snippet_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text()
+    command, = re.findall(r"maskembed.py (--model test_vit .*)", text)[:1]
+    maskembed.main([*command.split(), "--num-images", "64", "--workers", "0"])
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(snippet, {})
 
 
 def test_every_command_of_configs_md():
