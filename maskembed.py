@@ -437,7 +437,7 @@ def skipped(problem):
 
 
 def read_image(data, index):
-    """Image `index` of an array of files, of Letters, or of a timm or torchvision data set, in RGB.
+    """Image `index` of an array of paths, Letters, or a timm or torchvision data set, in RGB.
 
     Raises ValueError with its name if it is broken, too large for Pillow, or too long for a crop.
     """
@@ -685,8 +685,10 @@ def read_file(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def start_folder(args, done):
+def start_folder(args, done, process):
     """Makes args.out ready: settings, and the log up to update `done`, without what comes again."""
+    if process.rank > 0:
+        return
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
         for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):  # what a killed run has left
@@ -812,7 +814,7 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
         total += loss.detach() / args.accum
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-    if not scaler.is_enabled():  # else it leaves out such a step, and lowers its factor
+    if not scaler.is_enabled() or scaler.get_scale() < 1e-3:  # else it leaves out such a step
         total += 0 * norm
     scaler.step(optimizer)
     scaler.update()
@@ -829,27 +831,14 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     window, num_patches = args.batch_size * args.accum * process.world, teacher.num_patches
     per_epoch = math.ceil(len(train_set) / window)
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.95),
-        weight_decay=args.weight_decay, fused=process.device.type != "mps")
-    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    step, best, losses = 0, math.inf, []  # updates made, lowest validation loss, not yet logged
-    if saved:
-        with explaining(f"{args.out}/last.pt does not fit"):
-            step, best, losses = saved["step"], saved["best"], saved["losses"]
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
-    if process.rank == 0:
-        start_folder(args, step)
-    flops = count_flops(model, teacher, train_set[0, 0][0], args, process)
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
-    if args.compile or args.compile is None and process.device.type == "cuda":
-        teacher.compile()
-        model.compile()
+    optimizer, scaler = start_optimizer(model, args, process, saved)
+    new = dict(step=0, best=math.inf, losses=[])  # lowest validation loss; those not yet logged
+    step, best, losses = ((saved or new)[name] for name in new)
+    start_folder(args, step, process)
+    flops = prepare(model, teacher, train_set[0, 0][0], args, process)
     parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
     windows = training_windows(len(train_set), window, args.seed, step, total)
-    stream, shown = load(train_set, windows, num_patches, args, process), {}
+    stream = load(train_set, windows, num_patches, args, process)
 
     def checkpoint(name="last.pt"):  # the state after `step` updates, and before their validation
         losses[:] = mean_losses(losses, step, process)
@@ -860,7 +849,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
                 sizes=[len(train_set), len(val_set)], args={**vars(args), "global_batch": window}))
 
     bar = tqdm(total=total * window, initial=step * window, unit="img", disable=process.rank > 0)
-    clock, since, shown = time.perf_counter(), step, {}
+    clock, since = time.perf_counter(), step
     try:
         while True:
             if step and step % per_epoch == 0:  # also where a run goes on from the end of an epoch
@@ -869,7 +858,6 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
                 if val_loss < best:
                     best = val_loss
                     checkpoint("best.pt")
-                shown["val"] = f"{val_loss:.4f}"
                 clock += time.perf_counter() - began
             if step == total:
                 return val_loss
@@ -882,19 +870,11 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
             bar.update(window)
             if step % args.log_every == 0:
                 losses[:] = mean_losses(losses, step, process)
-                require(not scaler.is_enabled() or scaler.get_scale() > 1e-3, "gradients overflow "
-                        f"in float16 at step {step}, at any scale: try --dtype float32")
-                loss = sum(losses) / len(losses)
                 images, seconds = (step - since) * window, time.perf_counter() - clock
-                rates = dict(  # images/s of the training, and of the reading alone
-                    speed=images / seconds, loader=images / max(train_set.work, 1e-9),
-                    wait=train_set.wait / seconds, tflops=images / seconds * flops / 1e12)
-                write_log(args, process, step=step, loss=loss, lr=lr, **rates)
-                shown |= dict(loss=f"{loss:.4f}", lr=f"{lr:.1e}", wait=f"{rates['wait']:.0%}",
-                              tflops=f"{rates['tflops']:.2f}")
-                bar.set_postfix(shown)
+                log_rates(bar, train_set, flops, images, seconds, args, process, step=step, lr=lr,
+                          loss=sum(losses) / len(losses))
                 losses.clear()
-                clock, since, train_set.work, train_set.wait = time.perf_counter(), step, 0.0, 0.0
+                clock, since = time.perf_counter(), step
             if step % per_epoch == 0 or step % args.save_every == 0:
                 checkpoint()
     except Stopped:
@@ -905,15 +885,45 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
         bar.close()
 
 
-def count_flops(model, teacher, image, args, process):
-    """Operations that one training image takes, forward and backward, counted on one."""
+def start_optimizer(model, args, process, saved=None):
+    """AdamW for what is to be trained, and the scaler that float16 needs, as `saved` has them."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.95),
+        weight_decay=args.weight_decay, fused=process.device.type != "mps")
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
+    if saved:
+        with explaining(f"{args.out}/last.pt does not fit"):
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+    return optimizer, scaler
+
+
+def prepare(model, teacher, image, args, process):
+    """Switches on checkpointing and compiling; before, counts the operations that one training
+    image takes, forward and backward -> their number."""
     images = image[None].to(process.device)
     masks = sample_masks(1, teacher.num_patches, args.mask_kind, args.keep, args.complement,
                          args.full, device=process.device)
     with FlopCounterMode(display=False) as counter, process.autocast():
         reconstruction_loss(model(images, masks), teacher(images, masks), masks).backward()
     model.zero_grad()
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if args.compile or args.compile is None and process.device.type == "cuda":
+        torch._dynamo.config.cache_size_limit = 64  # so many kinds of blocks, shapes, modes
+        teacher.compile()
+        model.compile()
     return counter.get_total_flops()
+
+
+def log_rates(bar, data, flops, images, seconds, args, process, **entry):
+    """Logs and shows what was fast and what was slow while `images` were trained on."""
+    rates = dict(speed=images / seconds, loader=images / max(data.work, 1e-9),  # images/s
+                 wait=data.wait / seconds, tflops=images / seconds * flops / 1e12)
+    data.work = data.wait = 0.0
+    write_log(args, process, **entry, **rates)
+    bar.set_postfix_str("loss {loss:.4f}, lr {lr:.1e}, waiting {wait:.0%}, {tflops:.2f} TFLOP/s"
+                        .format(**entry, **rates))
 
 
 def mean_losses(losses, step, process):
@@ -946,7 +956,7 @@ def validate(model, teacher, data, step, args, process):
             if timm.is_model(args.model):  # the demo's is none of timm's
                 folder = os.path.join(args.out, "encoder")
                 entry["plain_timm"] = export(folder, model.encoder, args, images)
-                tqdm.write(f"step {step} validation loss {value:.4f}; in plain timm, without the soft "
+                tqdm.write(f"step {step}: validation loss {value:.4f}; in plain timm, without soft "
                            f"cap, the tokens of {folder} differ by {entry['plain_timm']:.1e}")
     write_log(args, process, patches, step=step, **entry)
     return value
@@ -983,7 +993,8 @@ def export(folder, encoder, args, images):
     save_config_for_hf(plain, draft, {"maskembed": about}, {"img_size": size, "global_pool": ""})
     config = json.loads(draft.read_text())
     config["model_args"].pop("num_classes", None)  # said at the top; transformers wants it once
-    write_file(os.path.join(folder, "model.safetensors"), safetensors.torch.save(plain.state_dict()))
+    weights = safetensors.torch.save(plain.state_dict())
+    write_file(os.path.join(folder, "model.safetensors"), weights)
     write_file(os.path.join(folder, "config.json"), json.dumps(config, indent=1).encode())
     draft.unlink()
     return difference
@@ -1179,7 +1190,7 @@ def parse_args(argv=None):
     g.add_argument("--data", metavar="PATH", help="folder, tar, torch/... or hfds/...")
     g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
     g.add_argument("--workers", type=int, help="that read images, per process; "
-                   "the machine's cores / processes on it if left out")
+                   "if left out, its share of the machine's cores, at most 32")
     g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
     g.add_argument("--mixup", type=float, default=0.0, help="alpha, 0 = off")
     g.add_argument("--cutmix", type=float, default=0.0, help="alpha, 0 = off")
@@ -1212,7 +1223,8 @@ def parse_args(argv=None):
 def checked(args):
     """The same settings, dependent defaults filled in; ValueError where one is out of range."""
     if args.workers is None:
-        args.workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = max(1, min(32, cores))
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
     positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",

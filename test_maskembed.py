@@ -544,8 +544,9 @@ def test_two_nodes_restart_by_themselves(tmp_path):
         free.bind(("127.0.0.1", 0))
         endpoint = "127.0.0.1:{}".format(free.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-               "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-id=test", "--local-addr=127.0.0.1",
-               f"--rdzv-endpoint={endpoint}", str(HERE / "maskembed.py"), *words, "--out", "killed"]
+               "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-id=test",
+               "--local-addr=127.0.0.1", f"--rdzv-endpoint={endpoint}",
+               str(HERE / "maskembed.py"), *words, "--out", "killed"]
     nodes = [subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
              for _ in range(2)]
@@ -595,7 +596,8 @@ def test_exported_encoder_and_checkpoints(model, softcap, freeze, tmp_path, monk
         folder = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
         torch.testing.assert_close(folder.eval()(images), timms(images))
     config = json.loads((tmp_path / "encoder" / "config.json").read_text())
-    assert config["model_args"]["img_size"] == [32, 32] == config["pretrained_cfg"]["input_size"][1:]
+    assert config["model_args"]["img_size"] == [32, 32]
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert config["pretrained_cfg"]["mean"] == list(vit.pretrained_cfg["mean"])
     stated = config["maskembed"]["difference"]
     assert stated == log(tmp_path)[-1]["plain_timm"]
