@@ -547,9 +547,9 @@ def test_two_nodes_restart_by_themselves(tmp_path):
                "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-id=test",
                "--local-addr=127.0.0.1", f"--rdzv-endpoint={endpoint}",
                str(HERE / "maskembed.py"), *words, "--out", "killed"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     nodes = [subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-             for _ in range(2)]
+                              stderr=subprocess.STDOUT, env=env) for _ in range(2)]
     while not (tmp_path / "killed" / "last.pt").exists():
         assert nodes[0].poll() is None
         time.sleep(0.02)
