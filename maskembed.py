@@ -1309,7 +1309,7 @@ def run(args):
     if process.rank == 0:
         print(text)
     if torch.distributed.is_initialized():
-        all_ranks(process, "leave together")  # gloo may hang otherwise, in torch 2.4
+        torch.distributed.barrier()  # leave together: gloo may hang otherwise, in torch 2.4
         torch.distributed.destroy_process_group()
 
 
