@@ -68,6 +68,17 @@ def require(condition, message):
         raise InputError(message)
 
 
+@contextlib.contextmanager
+def explaining(what):
+    """Turns whatever fails inside into an InputError that begins with `what`."""
+    try:
+        yield
+    except InputError:  # says it all already
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+
+
 # ---- masks ---------------------------------------------------------------------------------------
 def sample_masks(batch_size, num_patches, kind="uniform", keep=0.5, complement=True, full=True,
                  generator=None, device=None):
@@ -405,17 +416,6 @@ def patch_labels(ink, patch_size):
     return torch.where(most * 16 >= patch_size ** 2, letter + 1, 0)
 
 
-@contextlib.contextmanager
-def explaining(what):
-    """Turns whatever fails inside into an InputError that begins with `what`."""
-    try:
-        yield
-    except InputError:  # says it all already
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
-
-
 def find_images(folder):
     """Paths of all images in a folder and the folders in it, sorted, as an array of bytes, which
     processes share as no list is shared. Loops of links do no harm."""
@@ -460,27 +460,26 @@ def seed_of(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """[epoch, i] -> (float (3, H, W), "", seconds), decided by (seed, epoch, i) alone.
+    """[epoch, i] -> (float (3, H, W), "", seconds it took), decided by (seed, epoch, i) alone.
 
     read(indices[i]) is a PIL image. For one that cannot be read comes another, chosen by the same
     rule, and the text says what was wrong. mix: timm's Mixup of each image with another, or None.
-    `work` and `wait` add up the seconds that reading took, and that the training waited for it.
+    `spent` counts the images taken, the seconds that reading and that waiting for them took.
     """
 
     def __init__(self, read, indices, transform, seed=0, mix=None):
         self.read, self.indices, self.transform = read, indices, transform
-        self.seed, self.mix, self.named, self.work, self.wait = seed, mix, set(), 0.0, 0.0
+        self.seed, self.mix, self.named, self.spent = seed, mix, set(), collections.Counter()
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, key):
-        key, place, found, problem = seed_of(self.seed, *key), key[1], [], ""
-        began = time.perf_counter()
-        choices = [place] + random.Random(key).choices(range(len(self)), k=20)
-        for attempt, i in enumerate(choices):
-            for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
-                seed((key + attempt) % 2 ** 32)
+        began, found, problem = time.perf_counter(), [], ""
+        seed = seed_of(self.seed, *key)
+        for attempt, i in enumerate([key[-1], *random.Random(seed).choices(range(len(self)), k=20)]):
+            for generator in (random.seed, np.random.seed, torch.default_generator.manual_seed):
+                generator((seed + attempt) % 2 ** 32)
             try:
                 found.append(self.transform(self.read(self.indices[i])))
             except Exception as error:
@@ -492,13 +491,14 @@ class Images(torch.utils.data.Dataset):
         raise InputError(f"20 images in a row cannot be read, first {problem}")
 
 
-def open_images(args, vit, window):
+def open_images(args, vit):
     """args.data, or built-in images, as Images to train on and to validate on, made for `vit`.
 
     A folder that holds train/ and val/ is split so. Else one image in a hundred is held out, the
     same ones every time: `window` at least, half at most. ValueError where too few are left.
     """
     path, size, config = args.data, vit.patch_embed.img_size, resolve_model_data_config(vit)
+    window = args.global_batch
     if path is None:
         sets = [Letters(args.num_images, max(size), args.seed)]
     elif os.path.isdir(path):
@@ -531,65 +531,49 @@ def open_images(args, vit, window):
     return Images(read, train, augment, args.seed, mix), Images(read_val, val, plain, args.seed)
 
 
-def training_windows(count, window, seed, start, stop):
-    """Yields for updates start to stop - 1: key (seed, epoch, place), [(epoch, i), ...], `window`.
+def training_order(count, epoch, args, process):
+    """What this rank takes up in an epoch -> long (micro-batches, batch size), places in the data.
 
-    Every epoch has an order of its own; its last window is filled up with its first images.
+    Every epoch has an order of its own; its last update is filled up with its first images. An
+    update is the same images whatever the numbers of processes and of micro-batches are.
     """
-    per_epoch = math.ceil(count / window)
-    for step in range(start, stop):
-        epoch, place = divmod(step, per_epoch)
-        if step == start or place == 0:
-            shuffle = torch.Generator().manual_seed(seed_of(seed, epoch))
-            order = torch.randperm(count, generator=shuffle)
-        items = order[torch.arange(place * window, (place + 1) * window) % count]
-        yield (seed, epoch, place), [(epoch, i) for i in items.tolist()]
+    shuffle = torch.Generator().manual_seed(seed_of(args.seed, epoch))
+    updates = math.ceil(count / args.global_batch)
+    order = torch.randperm(count, generator=shuffle)
+    order = order[torch.arange(updates * args.global_batch) % count]
+    return order.view(-1, args.batch_size, process.world)[:, :, process.rank]
 
 
-def validation_windows(count, window, seed):
-    """The same for all images in turn, each once: the last window may be a short one."""
-    for place, first in enumerate(range(0, count, window)):
-        yield (seed, place), [(0, i) for i in range(first, min(first + window, count))]
+def load(data, order, key, num_patches, args, process, start=0):
+    """Yields this rank's micro-batches, images (b, 3, H, W) and masks (b, K, N), on the device.
 
-
-def load(data, windows, num_patches, args, process):
-    """Yields for each window what this rank has to do: an iterator over (images, masks) on the
-    device, (b, 3, H, W) and (b, K, N), which in a short window may be empty.
-
-    A window's masks are drawn together, seeded by its key: it does not matter who computes what.
-    Raises ValueError if most images are broken, and Stopped before a window.
+    order: for each of them, from number `start` on, the places of its images. The masks of an update
+    (`accum` micro-batches on all ranks) are drawn together, seeded by `key` and its number: it does
+    not matter who computes what. Broken images are named, once; ValueError if most of them are.
+    To be closed after use: its workers ignore signals, and a program that has failed awaits them.
     """
-    size = args.batch_size * args.accum * process.world
-    shares = ((key, items[process.rank::process.world]) for key, items in windows)
-    ahead, shares = itertools.tee(shares)  # the workers are a few batches ahead
-    sampler = (items[j:j + args.batch_size] for _, items in ahead
-               for j in range(0, len(items), args.batch_size))
-    with contextlib.closing(read_ahead(data, sampler, args.workers, process.device)) as images:
-        for key, items in shares:
-            if any(all_ranks(process, len(process.stop))):
-                raise Stopped("before the first step")
-            generator = torch.Generator(process.device).manual_seed(seed_of(*key))
-            masks = sample_masks(size, num_patches, args.mask_kind, args.keep, args.complement,
-                                 args.full, generator)[process.rank::process.world][:len(items)]
-            pairs = zip(masks.split(args.batch_size) if items else (), images)  # masks end first
-            yield ((x, m) for m, x in pairs)
-
-
-def read_ahead(data, sampler, workers, device):
-    """Yields the batches that `sampler` lists, on the device; names each broken image once."""
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=([(*key, int(i)) for i in places] for places in order),
+        num_workers=args.workers, worker_init_fn=ignore_signals,
+        pin_memory=process.device.type == "cuda")
     bad, seen, began = 0, 0, time.perf_counter()
-    for images, problems, seconds in torch.utils.data.DataLoader(
-            data, batch_sampler=sampler, num_workers=workers, worker_init_fn=ignore_signals,
-            pin_memory=device.type == "cuda"):
-        data.wait += time.perf_counter() - began
-        data.work += seconds.sum().item() / max(1, workers)
+    for number, (images, problems, seconds) in enumerate(loader, start):
+        data.spent.update(images=len(images), work=seconds.sum().item() / max(1, args.workers),
+                          wait=time.perf_counter() - began)
         problems = list(filter(None, problems))
         for problem in set(problems) - data.named:
             skipped(problem)
             data.named.add(problem)
         bad, seen = bad + len(problems), seen + len(images) * (2 if data.mix else 1)
         require(bad <= max(16, seen / 2), f"{bad} of {seen} images are broken, such as {problems}")
-        yield images.to(device, non_blocking=True)
+        update, micro = divmod(number, args.accum)
+        generator = torch.Generator(process.device)
+        generator.manual_seed(seed_of(args.seed, *key, update))
+        masks = sample_masks(args.global_batch, num_patches, args.mask_kind, args.keep,
+                             args.complement, args.full, generator)
+        masks = masks.view(args.accum, args.batch_size, process.world, *masks.shape[1:])
+        images = images.to(process.device, non_blocking=True)
+        yield images, masks[micro, :len(images), process.rank]
         began = time.perf_counter()
 
 
@@ -640,6 +624,12 @@ def all_ranks(process, value):
     return values
 
 
+def go_on(process):
+    """Returns if no rank has got a signal to stop, else raises Stopped, on every rank."""
+    if any(all_ranks(process, len(process.stop))):
+        raise Stopped("before the first step")
+
+
 @contextlib.contextmanager
 def stopping(stop):
     """In this context SIGTERM and Ctrl-C go into the list `stop`; a second Ctrl-C is the end."""
@@ -658,16 +648,11 @@ def stopping(stop):
 def write_file(path, data):
     """Writes bytes, or what torch.save takes; at any time `path` is whole, the old or the new."""
     with explaining(f"cannot write {path} (what was there is still there)"):
-        try:
-            with open(f"{path}.tmp", "wb") as file:
-                file.write(data) if isinstance(data, bytes) else torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{path}.tmp", path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(f"{path}.tmp")
-            raise
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(data) if isinstance(data, bytes) else torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
 
 
 def read_file(path):
@@ -685,22 +670,15 @@ def read_file(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def start_folder(args, done, process):
-    """Makes args.out ready: settings, and the log up to update `done`, without what comes again."""
-    if process.rank > 0:
-        return
+def start_folder(args, saved=None):
+    """Makes args.out ready: the settings, and the log as long as it was when `saved` was saved."""
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        for name in ("args.json", "log.jsonl", "best.pt", "last.pt"):  # what a killed run has left
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(args.out, f"{name}.tmp"))
+        for half in Path(args.out).glob("*.tmp"):  # a killed run has left it
+            half.unlink()
         write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
-        log, lines = os.path.join(args.out, "log.jsonl"), []
-        for line in open(log) if os.path.exists(log) else ():
-            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-            if entry["step"] < done or entry["step"] == done and "val_loss" not in entry:
-                lines.append(line)
-        write_file(log, "".join(lines).encode())
+        with open(os.path.join(args.out, "log.jsonl"), "a") as log:
+            log.truncate(min(saved["log"] if saved else 0, log.tell()))
 
 
 def load_weights(vit, saved, path):
@@ -778,13 +756,16 @@ def learning_rate(step, total, warmup, lr, min_lr):
 @torch.no_grad()
 def evaluate(function, data, num_patches, args, process):
     """Means of the scalars that function(images, masks) lists, over `data` and all ranks: each
-    image once, under the same masks every time -> float64 (number of scalars,)."""
-    windows = validation_windows(len(data), args.batch_size * args.accum * process.world, args.seed)
-    rows = []
-    with contextlib.closing(load(data, windows, num_patches, args, process)) as stream:
-        for images, masks in itertools.chain.from_iterable(stream):
-            with process.autocast():
-                rows.append((len(images), *function(images, masks)))
+    image once, under the same masks every time -> float64 (number of scalars,). Raises Stopped."""
+    stride, rows = args.batch_size * process.world, []
+    order = [range(i, min(i + stride, len(data)), process.world)
+             for i in range(process.rank, len(data), stride)]
+    with contextlib.closing(load(data, order, (), num_patches, args, process)) as batches:
+        for _ in range(0, len(data), args.global_batch):
+            go_on(process)
+            for images, masks in itertools.islice(batches, args.accum):
+                with process.autocast():
+                    rows.append((len(images), *function(images, masks)))
     rows = [[float(value) for value in row] for row in rows]  # read when all of it is under way
     rows = torch.tensor(sum(all_ranks(process, rows), []), dtype=torch.float64)
     return (rows[:, :1] * rows[:, 1:]).sum(dim=0) / rows[:, 0].sum()
@@ -828,17 +809,15 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     args: from parse_args. saved: the dict in the last.pt of the run to go on with, or None. Raises
     Stopped, the run saved, where process.stop is set; ValueError where the loss is not finite.
     """
-    window, num_patches = args.batch_size * args.accum * process.world, teacher.num_patches
-    per_epoch = math.ceil(len(train_set) / window)
+    num_patches, per_epoch = teacher.num_patches, math.ceil(len(train_set) / args.global_batch)
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     optimizer, scaler = start_optimizer(model, args, process, saved)
     new = dict(step=0, best=math.inf, losses=[])  # lowest validation loss; those not yet logged
     step, best, losses = ((saved or new)[name] for name in new)
-    start_folder(args, step, process)
-    flops = prepare(model, teacher, train_set[0, 0][0], args, process)
+    if process.rank == 0:
+        start_folder(args, saved)
+    flops = prepare(model, teacher, args, process)
     parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
-    windows = training_windows(len(train_set), window, args.seed, step, total)
-    stream = load(train_set, windows, num_patches, args, process)
 
     def checkpoint(name="last.pt"):  # the state after `step` updates, and before their validation
         losses[:] = mean_losses(losses, step, process)
@@ -846,43 +825,45 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
             write_file(os.path.join(args.out, name), dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best,
                 scaler=scaler.state_dict(), scale=teacher.scale.item(), losses=losses,
-                sizes=[len(train_set), len(val_set)], args={**vars(args), "global_batch": window}))
+                log=os.path.getsize(os.path.join(args.out, "log.jsonl")),
+                sizes=[len(train_set), len(val_set)], args=vars(args)))
 
-    bar = tqdm(total=total * window, initial=step * window, unit="img", disable=process.rank > 0)
-    clock, since = time.perf_counter(), step
-    try:
-        while True:
-            if step and step % per_epoch == 0:  # also where a run goes on from the end of an epoch
-                began = time.perf_counter()
-                val_loss = validate(model, teacher, val_set, step, args, process)
-                if val_loss < best:
-                    best = val_loss
-                    checkpoint("best.pt")
-                clock += time.perf_counter() - began
-            if step == total:
-                return val_loss
-            lr = learning_rate(step, total, warmup, args.lr, args.min_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batches = next(stream)
-            losses.append(update(parallel, teacher, batches, optimizer, scaler, args, process))
-            step += 1
-            bar.update(window)
-            if step % args.log_every == 0:
-                losses[:] = mean_losses(losses, step, process)
-                images, seconds = (step - since) * window, time.perf_counter() - clock
-                log_rates(bar, train_set, flops, images, seconds, args, process, step=step, lr=lr,
-                          loss=sum(losses) / len(losses))
-                losses.clear()
-                clock, since = time.perf_counter(), step
-            if step % per_epoch == 0 or step % args.save_every == 0:
-                checkpoint()
+    bar = tqdm(total=total * args.global_batch, initial=step * args.global_batch, unit="img",
+               disable=process.rank > 0)
+    try:  # a run that goes on from the end of an epoch has that epoch's validation before it
+        for epoch in range(max(0, math.ceil(step / per_epoch) - 1), args.epochs):
+            first = (step - epoch * per_epoch) * args.accum
+            order = training_order(len(train_set), epoch, args, process)[first:]
+            train_set.spent.clear()
+            clock = time.perf_counter()
+            with contextlib.closing(load(train_set, order, (epoch,), num_patches, args, process,
+                                         first)) as batches:
+                while step < (epoch + 1) * per_epoch:
+                    lr = learning_rate(step, total, warmup, args.lr, args.min_lr)
+                    optimizer.param_groups[0]["lr"] = lr
+                    losses.append(update(parallel, teacher, itertools.islice(batches, args.accum),
+                                         optimizer, scaler, args, process))
+                    step += 1
+                    bar.update(args.global_batch)
+                    if step % args.log_every == 0:
+                        losses[:] = mean_losses(losses, step, process)
+                        log_rates(bar, train_set.spent, time.perf_counter() - clock, flops, args,
+                                  process, step=step, lr=lr, loss=sum(losses) / len(losses))
+                        losses.clear()
+                        clock = time.perf_counter()
+                    if step % per_epoch == 0 or step % args.save_every == 0:
+                        checkpoint()
+                    go_on(process)
+            val_loss = validate(model, teacher, val_set, step, args, process)
+            if val_loss < best:
+                best = val_loss
+                checkpoint("best.pt")
     except Stopped:
         checkpoint()
         raise Stopped(f"after step {step} of {total}, and saved")
     finally:
-        stream.close()
         bar.close()
+    return val_loss
 
 
 def start_optimizer(model, args, process, saved=None):
@@ -898,14 +879,14 @@ def start_optimizer(model, args, process, saved=None):
     return optimizer, scaler
 
 
-def prepare(model, teacher, image, args, process):
-    """Switches on checkpointing and compiling; before, counts the operations that one training
-    image takes, forward and backward -> their number."""
-    images = image[None].to(process.device)
-    masks = sample_masks(1, teacher.num_patches, args.mask_kind, args.keep, args.complement,
-                         args.full, device=process.device)
+def prepare(model, teacher, args, process):
+    """Counts the operations that one training image takes, forward and backward -> their number;
+    then switches on checkpointing and compiling."""
+    embed = teacher.patch_embed
+    image = torch.zeros(1, embed.proj.in_channels, *embed.img_size, device=process.device)
+    masks = image.new_ones(1, 1 + args.complement + args.full, teacher.num_patches)
     with FlopCounterMode(display=False) as counter, process.autocast():
-        reconstruction_loss(model(images, masks), teacher(images, masks), masks).backward()
+        reconstruction_loss(model(image, masks), teacher(image, masks), masks).backward()
     model.zero_grad()
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -916,11 +897,12 @@ def prepare(model, teacher, image, args, process):
     return counter.get_total_flops()
 
 
-def log_rates(bar, data, flops, images, seconds, args, process, **entry):
-    """Logs and shows what was fast and what was slow while `images` were trained on."""
-    rates = dict(speed=images / seconds, loader=images / max(data.work, 1e-9),  # images/s
-                 wait=data.wait / seconds, tflops=images / seconds * flops / 1e12)
-    data.work = data.wait = 0.0
+def log_rates(bar, spent, seconds, flops, args, process, **entry):
+    """Logs and shows what was fast and what was slow in the last seconds: see Images.spent."""
+    images = spent["images"] * process.world
+    rates = dict(speed=images / seconds, loader=images / max(spent["work"], 1e-9),  # images/s
+                 wait=spent["wait"] / seconds, tflops=images / seconds * flops / 1e12)
+    spent.clear()
     write_log(args, process, **entry, **rates)
     bar.set_postfix_str("loss {loss:.4f}, lr {lr:.1e}, waiting {wait:.0%}, {tflops:.2f} TFLOP/s"
                         .format(**entry, **rates))
@@ -1075,7 +1057,7 @@ class Drawn(Images):
     """Images that are tensors already: a demo has no time to decode them again."""
 
     def __getitem__(self, key):
-        return self.read[key[1]], "", 0.0
+        return self.read[key[-1]], "", 0.0
 
 
 def pretrain(vit, images, present, steps):
@@ -1136,6 +1118,7 @@ def demo(args):
         words = ("--model demo --skip-blocks 0 --epochs 2 --batch-size 64 --lr 2e-3 --workers 0 "
                  f"--seed {args.seed} {flags}")
         settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
+        torch.manual_seed(args.seed)  # both begin with the same decoder
         teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
         sets = [Drawn(x, range(len(x)), None, args.seed) for x in (train_images, fit[:256])]
         measure_scale(teacher, sets[1], settings, process)
@@ -1225,6 +1208,8 @@ def checked(args):
     if args.workers is None:
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = max(1, min(32, cores))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args.global_batch = args.batch_size * args.accum * world  # images to an update
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
     positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
@@ -1240,18 +1225,17 @@ def checked(args):
     return args
 
 
-def read_run(args, window):
+def read_run(args):
     """The dict in args.out/last.pt, or None where there is none. ValueError where there is a run
     but no --resume, or where a setting differs that matters."""
-    path, log = (os.path.join(args.out, name) for name in ("last.pt", "log.jsonl"))
-    there = os.path.exists(path)
-    fresh = not there and not os.path.exists(log)
-    require(args.resume or fresh, f"{args.out} holds a run: pass --resume or another --out")
-    if not there:
+    path = os.path.join(args.out, "last.pt")
+    require(args.resume or not os.path.exists(os.path.join(args.out, "args.json")),
+            f"{args.out} holds a run: pass --resume or another --out")
+    if not os.path.exists(path):
         return None
     saved = read_file(path)
     with explaining(f"{path} is not from a run"):
-        before, now = saved["args"], {**vars(args), "global_batch": window}
+        before, now = saved["args"], vars(args)
         longer = ["epochs"] * (args.epochs > before["epochs"])  # stretches the schedule
     free = longer + ("batch_size accum workers compile grad_checkpointing out resume save_every "
                      "log_every wandb").split()
@@ -1267,8 +1251,7 @@ def run(args):
     process = start_process(args.dtype)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    window = args.batch_size * args.accum * process.world
-    saved = read_run(args, window)
+    saved = read_run(args)
     done = saved["step"] if saved else 0
     if args.wandb and process.rank == 0:
         with explaining("--wandb: pip install wandb, and log in"):
@@ -1283,7 +1266,7 @@ def run(args):
             parameter.requires_grad_(name.startswith(("norm.", "fc_norm.", "head.")))
     for turn in (0, 1):  # the first process alone downloads, if anything is to be downloaded
         if turn == min(process.rank, 1):
-            train_set, val_set = open_images(args, vit, window)
+            train_set, val_set = open_images(args, vit)
         all_ranks(process, None)
     sizes = [len(train_set), len(val_set)]
     same = all(other == (done, sizes) for other in all_ranks(process, (done, sizes)))
@@ -1319,7 +1302,7 @@ def describe(args, process, vit, model, teacher, train_set, val_set, done):
     weights = args.checkpoint or (tag if args.pretrained else "random weights")
     if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2|metaclip|dfn", tag):
         weights += " (a bare name: weights that are fine-tuned, or newer than the paper's)"
-    embed, window = vit.patch_embed, args.batch_size * args.accum * process.world
+    embed, window = vit.patch_embed, args.global_batch
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"model    {name}, {weights}; {trained:,} trained parameters\n"
           f"input    {embed.img_size} pixels, patches of {embed.patch_size}: N = "

@@ -365,7 +365,7 @@ def log(folder):
 def assert_same_run(one, two):
     """Bit for bit: every tensor and number in last.pt and best.pt, the log, the exported ViT."""
     for name in ("last.pt", "best.pt"):
-        flat = [tree_flatten({k: v for k, v in last(folder, name).items() if k != "args"})
+        flat = [tree_flatten({k: v for k, v in last(folder, name).items() if k not in ("args", "log")})
                 for folder in (one, two)]
         assert flat[0][1] == flat[1][1]
         for a, b in zip(flat[0][0], flat[1][0]):
@@ -487,7 +487,6 @@ def test_faults_leave_the_last_good_checkpoint(tmp_path):
         assert codes[0] == code and codes[1] != 0, text
         assert all(part in text.splitlines()[-1] + text for part in texts), text
         assert last(tmp_path / "out")["step"] == 2
-        assert not list((tmp_path / "out").glob("*.tmp"))
         (tmp_path / "out" / "last.pt").rename(tmp_path / "last.pt")
         shutil.rmtree(tmp_path / "out")
 
@@ -768,7 +767,7 @@ def test_data_layouts_and_options(photos, tmp_path, monkeypatch):
     vit = timm.create_model("test_vit", img_size=32)
 
     def lengths(*words):
-        sets = maskembed.open_images(maskembed.parse_args(small(*words)), vit, 8)
+        sets = maskembed.open_images(maskembed.parse_args(small(*words)), vit)
         assert all(data[0, 0][0].shape == (3, 32, 32) and data[0, 0][1] == "" for data in sets)
         assert all(torch.equal(data[0, 3][0], data[0, 3][0]) for data in sets)  # every time
         assert not torch.equal(sets[0][0, 3][0], sets[0][1, 3][0])
@@ -817,8 +816,8 @@ def test_grad_checkpointing_changes_nothing_but_memory(name):
 def test_split_rules(tmp_path):
     vit = timm.create_model("test_vit", img_size=32)
     for count, window, held_out in ((1000, 8, 10), (100, 32, 32), (60, 32, 28), (9, 8, 1)):
-        args = maskembed.parse_args(small("--num-images", count))
-        train, val = maskembed.open_images(args, vit, window)
+        args = maskembed.parse_args(small("--num-images", count, "--batch-size", window))
+        train, val = maskembed.open_images(args, vit)
         assert (len(train), len(val)) == (count - held_out, held_out)
         assert sorted([*train.indices, *val.indices]) == list(range(count))
 
