@@ -58,25 +58,10 @@ class InputError(ValueError):
     """What was passed cannot be used; the text names it and says what to do about it."""
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C came, and all processes have agreed to end here, between two updates."""
-
-
 def require(condition, message):
     """Raises InputError(message) unless the condition holds."""
     if not condition:
         raise InputError(message)
-
-
-@contextlib.contextmanager
-def explaining(what):
-    """Turns whatever fails inside into an InputError that begins with `what`."""
-    try:
-        yield
-    except InputError:  # says it all already
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -416,6 +401,17 @@ def patch_labels(ink, patch_size):
     return torch.where(most * 16 >= patch_size ** 2, letter + 1, 0)
 
 
+@contextlib.contextmanager
+def explaining(what):
+    """Turns whatever fails inside into an InputError that begins with `what`."""
+    try:
+        yield
+    except InputError:  # says it all already
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+
+
 def find_images(folder):
     """Paths of all images in a folder and the folders in it, sorted, as an array of bytes, which
     processes share as no list is shared. Loops of links do no harm."""
@@ -495,10 +491,9 @@ def open_images(args, vit):
     """args.data, or built-in images, as Images to train on and to validate on, made for `vit`.
 
     A folder that holds train/ and val/ is split so. Else one image in a hundred is held out, the
-    same ones every time: `window` at least, half at most. ValueError where too few are left.
+    same ones every time: a global batch at least, half at most. ValueError where too few are left.
     """
     path, size, config = args.data, vit.patch_embed.img_size, resolve_model_data_config(vit)
-    window = args.global_batch
     if path is None:
         sets = [Letters(args.num_images, max(size), args.seed)]
     elif os.path.isdir(path):
@@ -513,7 +508,7 @@ def open_images(args, vit):
             sets = [create_dataset("" if found else path, root, "train", download=not found)]
             vars(getattr(sets[0], "reader", sets[0]))["cache_tarfiles"] = False  # none to share
     require(all(map(len, sets)), f"--data {path}: there are no images in it")
-    train, val = np.arange(len(sets[0])), np.arange(len(sets[-1]))
+    train, val, window = np.arange(len(sets[0])), np.arange(len(sets[-1])), args.global_batch
     if len(sets) == 1:
         held_out = max(1, min(max(len(train) // 100, window), len(train) // 2, len(train) - window))
         val = np.arange(held_out) * len(train) // held_out  # evenly spread
@@ -547,7 +542,7 @@ def training_order(count, epoch, args, process):
 def load(data, order, key, num_patches, args, process, start=0):
     """Yields this rank's micro-batches, images (b, 3, H, W) and masks (b, K, N), on the device.
 
-    order: for each of them, from number `start` on, the places of its images. The masks of an update
+    order: for each, from number `start` on, the places of its images. The masks of an update
     (`accum` micro-batches on all ranks) are drawn together, seeded by `key` and its number: it does
     not matter who computes what. Broken images are named, once; ValueError if most of them are.
     To be closed after use: its workers ignore signals, and a program that has failed awaits them.
@@ -556,6 +551,7 @@ def load(data, order, key, num_patches, args, process, start=0):
         data, batch_sampler=([(*key, int(i)) for i in places] for places in order),
         num_workers=args.workers, worker_init_fn=ignore_signals,
         pin_memory=process.device.type == "cuda")
+    data.spent.clear()
     bad, seen, began = 0, 0, time.perf_counter()
     for number, (images, problems, seconds) in enumerate(loader, start):
         data.spent.update(images=len(images), work=seconds.sum().item() / max(1, args.workers),
@@ -622,6 +618,10 @@ def all_ranks(process, value):
     if process.world > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came, and all processes have agreed to end here, between two updates."""
 
 
 def go_on(process):
@@ -760,7 +760,8 @@ def evaluate(function, data, num_patches, args, process):
     stride, rows = args.batch_size * process.world, []
     order = [range(i, min(i + stride, len(data)), process.world)
              for i in range(process.rank, len(data), stride)]
-    with contextlib.closing(load(data, order, (), num_patches, args, process)) as batches:
+    batches = load(data, order, (), num_patches, args, process)
+    with contextlib.closing(batches):
         for _ in range(0, len(data), args.global_batch):
             go_on(process)
             for images, masks in itertools.islice(batches, args.accum):
@@ -809,7 +810,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     args: from parse_args. saved: the dict in the last.pt of the run to go on with, or None. Raises
     Stopped, the run saved, where process.stop is set; ValueError where the loss is not finite.
     """
-    num_patches, per_epoch = teacher.num_patches, math.ceil(len(train_set) / args.global_batch)
+    per_epoch = math.ceil(len(train_set) / args.global_batch)
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     optimizer, scaler = start_optimizer(model, args, process, saved)
     new = dict(step=0, best=math.inf, losses=[])  # lowest validation loss; those not yet logged
@@ -834,10 +835,9 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
         for epoch in range(max(0, math.ceil(step / per_epoch) - 1), args.epochs):
             first = (step - epoch * per_epoch) * args.accum
             order = training_order(len(train_set), epoch, args, process)[first:]
-            train_set.spent.clear()
+            batches = load(train_set, order, (epoch,), teacher.num_patches, args, process, first)
             clock = time.perf_counter()
-            with contextlib.closing(load(train_set, order, (epoch,), num_patches, args, process,
-                                         first)) as batches:
+            with contextlib.closing(batches):
                 while step < (epoch + 1) * per_epoch:
                     lr = learning_rate(step, total, warmup, args.lr, args.min_lr)
                     optimizer.param_groups[0]["lr"] = lr
@@ -1053,13 +1053,6 @@ def probe(train, labels, test, test_labels, classes=len(LETTERS) + 1):
     return read, iou.mean().item(), recall.mean().item()
 
 
-class Drawn(Images):
-    """Images that are tensors already: a demo has no time to decode them again."""
-
-    def __getitem__(self, key):
-        return self.read[key[-1]], "", 0.0
-
-
 def pretrain(vit, images, present, steps):
     """Teaches a ViT which letters are in an image, present (n, 8), and nothing about where."""
     optimizer = torch.optim.AdamW(vit.parameters(), 2e-3)
@@ -1120,7 +1113,7 @@ def demo(args):
         settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
         torch.manual_seed(args.seed)  # both begin with the same decoder
         teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
-        sets = [Drawn(x, range(len(x)), None, args.seed) for x in (train_images, fit[:256])]
+        sets = [Images(x.__getitem__, range(len(x)), torch.clone) for x in (train_images, fit[:256])]
         measure_scale(teacher, sets[1], settings, process)
         train(model, teacher, *sets, settings, process)
         results[name] = probed(name, lambda x: model.encoder.forward_features(x)[:, 1:])
