@@ -22,8 +22,8 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     python maskembed.py --data DIR --batch-size 256 --accum 4                # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
-import argparse, collections, contextlib, copy, difflib, functools, itertools, json, math, os, re
-import random, signal, sys, time, zlib
+import argparse, collections, contextlib, copy, difflib, functools, io, itertools, json, math, os
+import random, re, signal, sys, tempfile, time, zlib
 from pathlib import Path
 
 import huggingface_hub
@@ -45,9 +45,9 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-try:
+if torch.__version__ >= (2, 7):  # before, it takes not every head dim, nor DDP
     from torch.nn.attention.flex_attention import flex_attention
-except ImportError:  # torch 2.4
+else:
     flex_attention = None
 
 MASKS = ("uniform", "bernoulli", "blockwise")
@@ -95,7 +95,7 @@ def sample_masks(batch_size, num_patches, kind="uniform", keep=0.5, complement=T
 def _rectangles(batch_size, num_patches, keep, rand, count=32):
     """Random rectangles become visible in turn until ceil(keep * N) patches are -> bool (B, N).
 
-    Each covers 16 to keep * N patches, aspect ratio 0.3 to 1/0.3; the last is cut short, row by
+    Each covers about 16 to keep * N patches, aspect ratio 0.3 to 1/0.3; the last is cut short, row by
     row. All are drawn at once, so that nothing has to be read back from the device.
     """
     rows = max(r for r in range(1, math.isqrt(num_patches) + 1) if num_patches % r == 0)
@@ -112,9 +112,9 @@ def _rectangles(batch_size, num_patches, keep, rand, count=32):
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     turn = torch.arange(count, device=u.device)[:, None]  # (count, 1)
     first = torch.where(inside, turn, count).amin(dim=1)  # (B, N): the turn that shows each patch
-    index = torch.where(rand(batch_size, 1) < 0.5, index, num_patches - 1 - index)  # or upwards
-    place = (first * num_patches + index).argsort(dim=1).argsort(dim=1)  # in order of appearance
-    return place < math.ceil(largest - 1e-6)  # 1e-6: 0.7 * 10 is a little over 7
+    scan = torch.where(rand(batch_size, 1) < 0.5, index, num_patches - 1 - index)  # or upwards
+    rank = (first * num_patches + scan).argsort(dim=1).argsort(dim=1)  # in order of appearance
+    return rank < math.ceil(largest - 1e-6)  # 1e-6: 0.7 * 10 is a little over 7
 
 
 def mask_pixels(images, masks, patch_size):
@@ -163,10 +163,12 @@ def _choose_attention(blocks, device):
 def _trunk(vit, prefix_only=False):
     """A copy of a timm ViT without pooling and head: all tokens come out, every weight is used."""
     plain = isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
-    require(plain and isinstance(vit.patch_embed, PatchEmbed), f"this {type(vit).__name__} is no "
-            "plain ViT: choose a timm VisionTransformer, Beit or Eva, without parallel blocks, "
-            "without convolutions before the patches")
-    require(vit.num_prefix_tokens or not prefix_only, "prefix_only: this ViT has no prefix tokens")
+    plain = plain and isinstance(vit.patch_embed, PatchEmbed) and not hasattr(vit, "head_dist")
+    require(plain, f"this {type(vit).__name__} is no plain ViT: choose a timm VisionTransformer, "
+            "Beit or Eva, without parallel blocks, convolutions before the patches, distillation")
+    prefix, patches = vit.num_prefix_tokens, vit.patch_embed.num_patches
+    require(not prefix_only or 0 < prefix < patches, f"prefix_only: this ViT has {prefix} prefix "
+            f"tokens, {patches} patches")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
     vit.attn_pool = None
@@ -222,9 +224,8 @@ class Teacher(nn.Module):
         blank = self.patch_embed.norm(blank).to(x.dtype)
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
         # One mask after the other: less memory at a time, which on a CPU is also faster.
-        views = [self.vit.forward_features(torch.where(visible[:, k], x, blank))  # (B, T, D)
-                 for k in range(masks.shape[1])]
-        return self.vit.fc_norm(torch.stack(views, dim=1))  # (B, K, T, D); norm is in either place
+        views = [self.vit(torch.where(visible[:, k], x, blank)) for k in range(masks.shape[1])]
+        return torch.stack(views, dim=1)  # (B, K, T, D)
 
 
 # ---- encoder and decoder -------------------------------------------------------------------------
@@ -234,12 +235,13 @@ class SoftcapAttention(Attention):
     def forward(self, x, **_):  # timm's attn_mask and is_causal: never set here
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        if x.is_cuda and torch.compiler.is_compiling() and flex_attention and not self.attn_drop.p:
+        fused = flex_attention and x.is_cuda and torch.compiler.is_compiling()
+        if fused and v.dtype != torch.float32 and not self.attn_drop.p:
             x = self.fused(q, k, v)
         else:
             a = ((q * (self.scale / self.softcap)) @ k.mT).tanh_()  # (B, heads, T, T)
-            with torch.autocast(x.device.type, enabled=False):  # softmax needs no copy in float32
-                x = self.attn_drop((self.softcap * a).softmax(dim=-1)) @ v.to(a.dtype)
+            with torch.autocast(x.device.type, enabled=False):  # whose softmax keeps a float32 copy
+                x = self.attn_drop((self.softcap * a).softmax(dim=-1)) @ v
         return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
 
     def fused(self, q, k, v):
@@ -274,7 +276,6 @@ class Decoder(nn.Module):
         visible = F.pad(masks, (self.num_prefix, 0)).to(tokens.dtype)[..., None]  # prefix: hidden
         # (B, K, T, E): of a hidden one only its place is left
         x = torch.addcmul(self.pos_embed, tokens[:, None], visible).flatten(0, 1)
-        _choose_attention(self.blocks, x.device)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.head(self.norm(x)).unflatten(0, masks.shape[:2])  # (B, K, T, D)
 
@@ -324,8 +325,8 @@ class MaskEmbed(nn.Module):
 
     def forward(self, images, masks):
         _check_batch(images, masks, self.encoder.patch_embed)
-        tokens = self.encoder.fc_norm(self.encoder.forward_features(images))  # (B, T, D), once
-        tokens = self.encoder.head(tokens)  # (B, T, E)
+        _choose_attention([*self.encoder.blocks, *self.decoder.blocks], images.device)
+        tokens = self.encoder(images)  # (B, T, E), once for all masks
         return self.decoder(tokens, masks)[:, :, self.predicted]
 
 
@@ -456,7 +457,7 @@ def seed_of(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """[epoch, i] -> (float (3, H, W), "", seconds it took), decided by (seed, epoch, i) alone.
+    """[epoch, i] -> (float (3, H, W), "", images tried, seconds), decided by (seed, epoch, i) alone.
 
     read(indices[i]) is a PIL image. For one that cannot be read comes another, chosen by the same
     rule, and the text says what was wrong. mix: timm's Mixup of each image with another, or None.
@@ -471,11 +472,11 @@ class Images(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, key):
-        began, found, problem = time.perf_counter(), [], ""
-        seed = seed_of(self.seed, *key)
-        for attempt, i in enumerate([key[-1], *random.Random(seed).choices(range(len(self)), k=20)]):
+        began, found, problem, seed = time.perf_counter(), [], "", seed_of(self.seed, *key)
+        others = random.Random(seed).choices(range(len(self)), k=20)
+        for tried, i in enumerate([key[-1], *others], 1):
             for generator in (random.seed, np.random.seed, torch.default_generator.manual_seed):
-                generator((seed + attempt) % 2 ** 32)
+                generator((seed + tried) % 2 ** 32)  # not torch.manual_seed: workers have no CUDA
             try:
                 found.append(self.transform(self.read(self.indices[i])))
             except Exception as error:
@@ -483,8 +484,8 @@ class Images(torch.utils.data.Dataset):
             if len(found) == (2 if self.mix else 1):
                 if self.mix:
                     found = self.mix(torch.stack(found), torch.zeros(2, dtype=torch.long))[0]
-                return found[0], problem, time.perf_counter() - began
-        raise InputError(f"20 images in a row cannot be read, first {problem}")
+                return found[0], problem, tried, time.perf_counter() - began
+        raise InputError(f"21 images in turn cannot be read, first {problem}")
 
 
 def open_images(args, vit):
@@ -552,19 +553,19 @@ def load(data, order, key, num_patches, args, process, start=0):
         num_workers=args.workers, worker_init_fn=ignore_signals,
         pin_memory=process.device.type == "cuda")
     data.spent.clear()
-    bad, seen, began = 0, 0, time.perf_counter()
-    for number, (images, problems, seconds) in enumerate(loader, start):
+    good, seen, began = 0, 0, time.perf_counter()
+    for number, (images, problems, tried, seconds) in enumerate(loader, start):
         data.spent.update(images=len(images), work=seconds.sum().item() / max(1, args.workers),
                           wait=time.perf_counter() - began)
-        problems = list(filter(None, problems))
-        for problem in set(problems) - data.named:
+        for problem in {*problems} - {""} - data.named:
             skipped(problem)
             data.named.add(problem)
-        bad, seen = bad + len(problems), seen + len(images) * (2 if data.mix else 1)
-        require(bad <= max(16, seen / 2), f"{bad} of {seen} images are broken, such as {problems}")
-        update, micro = divmod(number, args.accum)
+        good, seen = good + len(images) * (2 if data.mix else 1), seen + tried.sum().item()
+        require(seen - good <= max(16, seen / 2), f"{seen - good} of {seen} images are broken, such "
+                f"as {[*filter(None, problems)]}")
+        step, micro = divmod(number, args.accum)
         generator = torch.Generator(process.device)
-        generator.manual_seed(seed_of(args.seed, *key, update))
+        generator.manual_seed(seed_of(args.seed, *key, step))
         masks = sample_masks(args.global_batch, num_patches, args.mask_kind, args.keep,
                              args.complement, args.full, generator)
         masks = masks.view(args.accum, args.batch_size, process.world, *masks.shape[1:])
@@ -674,7 +675,7 @@ def start_folder(args, saved=None):
     """Makes args.out ready: the settings, and the log as long as it was when `saved` was saved."""
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        for half in Path(args.out).glob("*.tmp"):  # a killed run has left it
+        for half in Path(args.out).rglob("*.tmp"):  # a killed run has left it
             half.unlink()
         write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
         with open(os.path.join(args.out, "log.jsonl"), "a") as log:
@@ -783,7 +784,7 @@ def measure_scale(teacher, data, args, process):
 
 def update(model, teacher, batches, optimizer, scaler, args, process):
     """One optimizer step over `accum` micro-batches (images, masks) -> this process's mean loss,
-    left on the device; nan where the gradient is not finite."""
+    left on the device; nan where it is not finite, -inf where only the shared gradient is not."""
     total = torch.zeros((), device=process.device)
     for micro, (images, masks) in enumerate(batches):
         # Processes average their gradients once, during the backward pass of the last micro-batch.
@@ -796,8 +797,8 @@ def update(model, teacher, batches, optimizer, scaler, args, process):
         total += loss.detach() / args.accum
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-    if not scaler.is_enabled() or scaler.get_scale() < 1e-3:  # else it leaves out such a step
-        total += 0 * norm
+    if not scaler.is_enabled():  # in float16 it leaves out such a step, and scales less
+        total = torch.where(norm.isfinite(), total, total - math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -818,7 +819,8 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     if process.rank == 0:
         start_folder(args, saved)
     flops = prepare(model, teacher, args, process)
-    parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(model)
+    parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True)
 
     def checkpoint(name="last.pt"):  # the state after `step` updates, and before their validation
         losses[:] = mean_losses(losses, step, process)
@@ -831,7 +833,9 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
 
     bar = tqdm(total=total * args.global_batch, initial=step * args.global_batch, unit="img",
                disable=process.rank > 0)
-    try:  # a run that goes on from the end of an epoch has that epoch's validation before it
+    try:
+        # last.pt is from before an epoch's validation: where a run stopped there, begin with that
+        # epoch, whose updates are all done, for its validation alone.
         for epoch in range(max(0, math.ceil(step / per_epoch) - 1), args.epochs):
             first = (step - epoch * per_epoch) * args.accum
             order = training_order(len(train_set), epoch, args, process)[first:]
@@ -874,7 +878,7 @@ def start_optimizer(model, args, process, saved=None):
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     if saved:
         with explaining(f"{args.out}/last.pt does not fit"):
-            optimizer.load_state_dict(saved["optimizer"])
+            optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved["scaler"])
     return optimizer, scaler
 
@@ -892,8 +896,9 @@ def prepare(model, teacher, args, process):
         model.set_grad_checkpointing()
     if args.compile or args.compile is None and process.device.type == "cuda":
         torch._dynamo.config.cache_size_limit = 64  # so many kinds of blocks, shapes, modes
-        teacher.compile()
-        model.compile()
+        torch._dynamo.config.optimize_ddp = False  # a block is less than what it would cut
+        teacher.compile(dynamic=False)
+        model.compile(dynamic=False)
     return counter.get_total_flops()
 
 
@@ -914,11 +919,11 @@ def mean_losses(losses, step, process):
     Raises ValueError, on every rank, where one of them is not finite.
     """
     ranks = all_ranks(process, [float(loss) for loss in losses])
-    for number, all_of_it in enumerate(zip(*ranks), step - len(losses) + 1):
-        for rank, loss in enumerate(all_of_it):
-            require(math.isfinite(loss), f"the loss or its gradient is not finite in step {number} "
-                    f"on rank {rank}: try a lower --lr; the last checkpoint is from before")
-    return [sum(all_of_it) / process.world for all_of_it in zip(*ranks)]
+    for number, of_ranks in enumerate(zip(*ranks), step - len(losses) + 1):
+        whose = [rank for rank, loss in enumerate(of_ranks) if math.isnan(loss)]
+        require(all(map(math.isfinite, of_ranks)), f"step {number}, rank {min(whose, default='all')}"
+                ": the loss or its gradient is not finite; try a lower --lr; last.pt is from before")
+    return [sum(of_ranks) / process.world for of_ranks in zip(*ranks)]
 
 
 def validate(model, teacher, data, step, args, process):
@@ -928,19 +933,18 @@ def validate(model, teacher, data, step, args, process):
         return [reconstruction_loss(prediction, target, masks, args.loss)]
     model.eval()
     value = evaluate(loss, data, teacher.num_patches, args, process).item()
-    model.train()
     require(math.isfinite(value), f"validation loss {value} after step {step}: try a lower --lr")
     entry, patches = dict(val_loss=value), os.path.join(args.out, "patches.png")
     if process.rank == 0:
         images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))]).to(process.device)
-        with explaining(f"cannot write to {args.out}"):
-            picture(patches, model, teacher, images, process)
-            if timm.is_model(args.model):  # the demo's is none of timm's
-                folder = os.path.join(args.out, "encoder")
-                entry["plain_timm"] = export(folder, model.encoder, args, images)
-                tqdm.write(f"step {step}: validation loss {value:.4f}; in plain timm, without soft "
-                           f"cap, the tokens of {folder} differ by {entry['plain_timm']:.1e}")
+        picture(patches, model, teacher, images, process)
+        if timm.is_model(args.model):  # the demo's is none of timm's
+            folder = os.path.join(args.out, "encoder")
+            entry["plain_timm"] = export(folder, model.encoder, args, images)
+            tqdm.write(f"step {step}: validation loss {value:.4f}; in plain timm, without soft cap, "
+                       f"the tokens of {folder} differ by {entry['plain_timm']:.1e}")
     write_log(args, process, patches, step=step, **entry)
+    model.train()
     return value
 
 
@@ -966,19 +970,21 @@ def export(folder, encoder, args, images):
     size = list(encoder.patch_embed.img_size)
     plain = timm.create_model(args.model, num_classes=0, global_pool="", img_size=size).eval()
     load_weights(plain, {"model": encoder.state_dict()}, args.model)
-    ours = encoder.fc_norm(encoder.forward_features(images)).cpu()
-    difference = ((plain(images.cpu()) - ours).norm() / ours.norm()).item()
+    encoder, images = copy.deepcopy(encoder).cpu().eval(), images.cpu()  # float32, not compiled
+    ours = encoder.fc_norm(encoder.forward_features(images))
+    difference = ((plain(images) - ours).norm() / ours.norm()).item()
     plain.pretrained_cfg.update(input_size=(3, *size), num_classes=0)
     about = dict(model=args.model, softcap=args.softcap, img_size=size, difference=difference)
-    os.makedirs(folder, exist_ok=True)
-    draft = Path(folder, "config.tmp")
-    save_config_for_hf(plain, draft, {"maskembed": about}, {"img_size": size, "global_pool": ""})
-    config = json.loads(draft.read_text())
+    with tempfile.TemporaryDirectory() as draft:
+        draft = Path(draft, "config.json")
+        rebuild = {"img_size": size, "global_pool": ""}
+        save_config_for_hf(plain, draft, {"maskembed": about}, rebuild)
+        config = json.loads(draft.read_text())
     config["model_args"].pop("num_classes", None)  # said at the top; transformers wants it once
     weights = safetensors.torch.save(plain.state_dict())
+    os.makedirs(folder, exist_ok=True)
     write_file(os.path.join(folder, "model.safetensors"), weights)
     write_file(os.path.join(folder, "config.json"), json.dumps(config, indent=1).encode())
-    draft.unlink()
     return difference
 
 
@@ -1006,7 +1012,9 @@ def save_picture(path, columns, legend=(), size=128):
         fill = tuple(int(255 * value) for value in colour)
         draw.rectangle((left, top, left + 20, top + 20), fill=fill, outline="black")
         draw.text((left + 26, top), text, fill="black", font=font)
-    image.save(path)
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    write_file(path, buffer.getvalue())
 
 
 @torch.no_grad()
@@ -1047,9 +1055,9 @@ def probe(train, labels, test, test_labels, classes=len(LETTERS) + 1):
         return value
     optimizer.step(loss)
     read = linear((test - mean) / std).argmax(dim=2)
-    hits, reads, truths = (F.one_hot(c.flatten(), classes + 1).sum(0)[1:classes].double() for c in (
-        torch.where(read == test_labels, read, classes), read, test_labels))
-    iou, recall = hits / (reads + truths - hits).clamp(min=1), hits / truths.clamp(min=1)
+    reads, truths = (F.one_hot(y.flatten(), classes)[:, 1:] for y in (read, test_labels))
+    hits, either = (reads & truths).sum(0), (reads | truths).sum(0)  # (classes - 1,)
+    iou, recall = hits / either.clamp(min=1), hits / truths.sum(0).clamp(min=1)
     return read, iou.mean().item(), recall.mean().item()
 
 
@@ -1076,13 +1084,9 @@ def demo(args):
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
         write_file(os.path.join(args.out, "log.jsonl"), b"")
-    letters = Letters(32 * steps + 2 * many, seed=args.seed)
-    images = torch.empty(len(letters), 3, 48, 48)
-    inks = torch.empty(len(letters), 48, 48, dtype=torch.uint8)
-    for i in tqdm(range(len(letters)), "draw letters"):
-        image, ink = letters[i]
-        images[i], inks[i] = pil_to_tensor(image) / 127.5 - 1, pil_to_tensor(ink)[0]
-    labels = patch_labels(inks, 8)
+    letters = tqdm(Letters(32 * steps + 2 * many, seed=args.seed), "draw letters")
+    images, inks = map(torch.stack, zip(*(map(pil_to_tensor, pair) for pair in letters)))
+    images, labels = images / 127.5 - 1, patch_labels(inks[:, 0], 8)
     present = F.one_hot(labels, 9).amax(1)[:, 1:].float()  # (n, 8): which letters are in the image
     train_images, fit, test = images.split([32 * steps, many, many])
     fit_labels, test_labels = labels[32 * steps:].split(many)
@@ -1113,7 +1117,8 @@ def demo(args):
         settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
         torch.manual_seed(args.seed)  # both begin with the same decoder
         teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
-        sets = [Images(x.__getitem__, range(len(x)), torch.clone) for x in (train_images, fit[:256])]
+        sets = [Images(x.__getitem__, range(len(x)), nn.Identity())
+                for x in (train_images, fit[:256])]
         measure_scale(teacher, sets[1], settings, process)
         train(model, teacher, *sets, settings, process)
         results[name] = probed(name, lambda x: model.encoder.forward_features(x)[:, 1:])
@@ -1213,7 +1218,7 @@ def checked(args):
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
     require(args.warmup_epochs < args.epochs, "--warmup-epochs must be less than --epochs")
-    require(not (args.demo and args.wandb), "--demo does not log to --wandb")
+    require(not args.demo or world == 1 and not args.wandb, "--demo: one process, and no --wandb")
     require(args.mask_kind != "uniform" or args.keep == 0.5, "--keep does nothing to uniform masks")
     return args
 
@@ -1267,7 +1272,7 @@ def run(args):
     if saved:
         with explaining(f"{args.out}/last.pt does not fit"):
             require(saved["sizes"] == sizes, f"--data held {saved['sizes']} images, now {sizes}")
-            model.load_state_dict(saved["model"])
+            model.load_state_dict(saved.pop("model"))
             teacher.scale.fill_(saved["scale"])
     with stopping(process.stop):
         try:

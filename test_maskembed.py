@@ -365,8 +365,8 @@ def log(folder):
 def assert_same_run(one, two):
     """Bit for bit: every tensor and number in last.pt and best.pt, the log, the exported ViT."""
     for name in ("last.pt", "best.pt"):
-        flat = [tree_flatten({k: v for k, v in last(folder, name).items() if k not in ("args", "log")})
-                for folder in (one, two)]
+        flat = [tree_flatten({k: v for k, v in last(folder, name).items()
+                              if k not in ("args", "log")}) for folder in (one, two)]
         assert flat[0][1] == flat[1][1]
         for a, b in zip(flat[0][0], flat[1][0]):
             assert torch.equal(a, b) if torch.is_tensor(a) else a == b
@@ -480,8 +480,8 @@ def test_stopped_by_a_signal(tmp_path):
 
 def test_faults_leave_the_last_good_checkpoint(tmp_path):
     words = small("--out", tmp_path / "out", "--epochs", 1, "--save-every", 2)
-    for fault, code, texts in (  # each in step 4, after the checkpoint of step 2
-            (functools.partial(fails, "update", 4, "nan", 1), 2, ("in step 4 on rank 1", "--lr")),
+    for fault, code, texts in (  # each in step 4, after step 2's checkpoint; one loss is for counting
+            (functools.partial(fails, "reconstruction_loss", 5, "nan", 1), 2, ("step 4, rank 1:", "--lr")),
             (functools.partial(full_disk, 4), 2, ("last.pt", "No space left"))):
         codes, text = launch(*words, "--batch-size", 4, world=2, fault=fault)
         assert codes[0] == code and codes[1] != 0, text
@@ -499,7 +499,7 @@ def unreadable(rank):
 
 def test_one_rank_without_images_ends_all(tmp_path):
     codes, text = launch(*small("--out", tmp_path, "--batch-size", 4), world=2, fault=unreadable)
-    assert codes[1] == 2 and codes[0] != 0 and "20 images in a row cannot be read" in text
+    assert codes[1] == 2 and codes[0] != 0 and "21 images in turn cannot be read" in text
 
 
 def test_resume_refuses_what_does_not_fit(tmp_path, capsys):
