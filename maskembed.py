@@ -240,8 +240,8 @@ class SoftcapAttention(Attention):
             x = self.fused(q, k, v)
         else:
             a = ((q * (self.scale / self.softcap)) @ k.mT).tanh_()  # (B, heads, T, T)
-            with torch.autocast(x.device.type, enabled=False):  # whose softmax keeps a float32 copy
-                x = self.attn_drop((self.softcap * a).softmax(dim=-1)) @ v
+            a = (self.softcap * a).softmax(dim=-1, dtype=a.dtype)  # autocast would choose float32
+            x = self.attn_drop(a) @ v
         return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
 
     def fused(self, q, k, v):
@@ -720,7 +720,7 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
     whole = embed.num_patches and (embed.strict_img_size or not rest)
     require(whole, f"--img-size {img_size} does not divide into patches of {embed.patch_size}")
     if checkpoint:
-        vit = _trunk(vit)
+        vit = _trunk(vit)  # loading is strict, and says nothing of pooling
         load_weights(vit, read_file(checkpoint), checkpoint)
     return vit
 
@@ -1320,7 +1320,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         demo(args) if args.demo else run(args)
-    except InputError as error:
+    except InputError as error:  # one from a worker begins with the worker's traceback
         print(f"maskembed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
 
