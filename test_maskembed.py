@@ -803,6 +803,19 @@ def test_accumulation_is_the_mean():
     torch.testing.assert_close(*(m.state_dict() for m in models), rtol=1e-4, atol=1e-6)
 
 
+def test_masks_depend_on_seed_epoch_and_step():
+    process = maskembed.start_process("float32")._replace(device=torch.device("cpu"))
+    vit, drawn = timm.create_model("test_vit", img_size=32), []
+    for seed, key, step in ((0, (0,), 0), (1, (0,), 0), (0, (1,), 0), (0, (0,), 1), (0, (), 0)):
+        args = maskembed.parse_args(small("--seed", seed))
+        data = maskembed.open_images(args, vit)[0]
+        masks = [next(maskembed.load(data, [range(8)], key, 196, args, process, step))[1]
+                 for _ in range(2)]
+        assert torch.equal(*masks)
+        drawn.append(masks[0])
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
+
+
 @pytest.mark.parametrize("name", VITS)
 def test_grad_checkpointing_changes_nothing_but_memory(name):
     vit, gradients = tiny(name), []
@@ -869,6 +882,7 @@ def test_demo_of_20_steps(tmp_path):
         "pretraining", *(f"teacher, block {i}" for i in (1, 2, 3, 4)), "aligned", "control"]
     for entry in entries[1:]:
         assert f"{entry['name']:24} mean IoU {entry['iou']:.3f}" in result.stdout
+    assert entries[-2]["iou"] != entries[-1]["iou"]  # they begin alike: the masks make a difference
     assert launch("--demo", "20", "--out", tmp_path / "d")[0] == [0]  # its own folder, once more:
     assert log(tmp_path / "d") == entries  # the same seed gives the same figures
     picture = pil_to_tensor(Image.open(tmp_path / "d" / "patches.png"))
