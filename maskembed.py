@@ -23,7 +23,7 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
 import argparse, collections, contextlib, copy, difflib, functools, io, itertools, json, math, os
-import random, re, signal, sys, tempfile, time, zlib
+import pickle, random, re, signal, sys, tempfile, time, zlib
 from pathlib import Path
 
 import huggingface_hub
@@ -95,8 +95,8 @@ def sample_masks(batch_size, num_patches, kind="uniform", keep=0.5, complement=T
 def _rectangles(batch_size, num_patches, keep, rand, count=32):
     """Random rectangles become visible in turn until ceil(keep * N) patches are -> bool (B, N).
 
-    Each covers about 16 to keep * N patches, aspect ratio 0.3 to 1/0.3; the last is cut short, row by
-    row. All are drawn at once, so that nothing has to be read back from the device.
+    Each covers about 16 to keep * N patches, aspect ratio 0.3 to 1/0.3; the last is cut short, row
+    by row. All are drawn at once, so that nothing has to be read back from the device.
     """
     rows = max(r for r in range(1, math.isqrt(num_patches) + 1) if num_patches % r == 0)
     columns = num_patches // rows  # a square where N is one
@@ -164,8 +164,10 @@ def _trunk(vit, prefix_only=False):
     """A copy of a timm ViT without pooling and head: all tokens come out, every weight is used."""
     plain = isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
     plain = plain and isinstance(vit.patch_embed, PatchEmbed) and not hasattr(vit, "head_dist")
+    norms = [vit.norm, vit.fc_norm] if plain else []
+    plain = plain and all(hasattr(n, "bias") for n in norms if not isinstance(n, nn.Identity))
     require(plain, f"this {type(vit).__name__} is no plain ViT: choose a timm VisionTransformer, "
-            "Beit or Eva, without parallel blocks, convolutions before the patches, distillation")
+            "Beit or Eva, ending in a LayerNorm, without parallel blocks, convolutions, distillation")
     prefix, patches = vit.num_prefix_tokens, vit.patch_embed.num_patches
     require(not prefix_only or 0 < prefix < patches, f"prefix_only: this ViT has {prefix} prefix "
             f"tokens, {patches} patches")
@@ -443,7 +445,8 @@ def read_image(data, index):
         if hasattr(data, "reader"):  # past timm's data[index], which hides broken files
             name, source = data.reader.filename(index), data.reader[index][0]
         image = Image.open(source) if source else data[index][0]
-        require(max(image.size) <= 100 * min(image.size), "{} x {} pixels".format(*image.size))
+        require(max(image.size) <= 100 * min(image.size), "too long: {} x {} pixels"
+                .format(*image.size))
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         return image.convert("RGB")
@@ -457,7 +460,7 @@ def seed_of(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """[epoch, i] -> (float (3, H, W), "", images tried, seconds), decided by (seed, epoch, i) alone.
+    """[epoch, i] -> (float (3, H, W), "", number tried, seconds), by (seed, epoch, i) alone.
 
     read(indices[i]) is a PIL image. For one that cannot be read comes another, chosen by the same
     rule, and the text says what was wrong. mix: timm's Mixup of each image with another, or None.
@@ -505,6 +508,7 @@ def open_images(args, vit):
         require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or "
                 "tar, and of timm's data sets only torch/... and hfds/... can be indexed")
         root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
+        timm.data.add_img_extensions((*IMG_EXTENSIONS, ".gif"))  # of a tar's members
         with explaining(f"--data {path}"):
             sets = [create_dataset("" if found else path, root, "train", download=not found)]
             vars(getattr(sets[0], "reader", sets[0]))["cache_tarfiles"] = False  # none to share
@@ -561,8 +565,8 @@ def load(data, order, key, num_patches, args, process, start=0):
             skipped(problem)
             data.named.add(problem)
         good, seen = good + len(images) * (2 if data.mix else 1), seen + tried.sum().item()
-        require(seen - good <= max(16, seen / 2), f"{seen - good} of {seen} images are broken, such "
-                f"as {[*filter(None, problems)]}")
+        require(seen - good <= max(16, seen / 2), f"{seen - good} of {seen} images are broken, "
+                f"such as {[*filter(None, problems)]}")
         step, micro = divmod(number, args.accum)
         generator = torch.Generator(process.device)
         generator.manual_seed(seed_of(args.seed, *key, step))
@@ -668,14 +672,17 @@ def read_file(path):
             return {"model": safetensors.torch.load_file(weights), "args": about}
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError:  # its text tells how to run the file's code all the same
+            raise InputError(f"{path}: this is no checkpoint, or it holds code, which is not run")
 
 
 def start_folder(args, saved=None):
     """Makes args.out ready: the settings, and the log as long as it was when `saved` was saved."""
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        for half in Path(args.out).rglob("*.tmp"):  # a killed run has left it
+        for half in Path(args.out).rglob("*.tmp") if saved else ():  # a killed run has left it
             half.unlink()
         write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
         with open(os.path.join(args.out, "log.jsonl"), "a") as log:
@@ -921,8 +928,9 @@ def mean_losses(losses, step, process):
     ranks = all_ranks(process, [float(loss) for loss in losses])
     for number, of_ranks in enumerate(zip(*ranks), step - len(losses) + 1):
         whose = [rank for rank, loss in enumerate(of_ranks) if math.isnan(loss)]
-        require(all(map(math.isfinite, of_ranks)), f"step {number}, rank {min(whose, default='all')}"
-                ": the loss or its gradient is not finite; try a lower --lr; last.pt is from before")
+        rank = min(whose, default="all")
+        require(all(map(math.isfinite, of_ranks)), f"step {number}, rank {rank}: the loss or its "
+                "gradient is not finite; try a lower --lr; the last checkpoint is from before")
     return [sum(of_ranks) / process.world for of_ranks in zip(*ranks)]
 
 
@@ -941,8 +949,8 @@ def validate(model, teacher, data, step, args, process):
         if timm.is_model(args.model):  # the demo's is none of timm's
             folder = os.path.join(args.out, "encoder")
             entry["plain_timm"] = export(folder, model.encoder, args, images)
-            tqdm.write(f"step {step}: validation loss {value:.4f}; in plain timm, without soft cap, "
-                       f"the tokens of {folder} differ by {entry['plain_timm']:.1e}")
+            tqdm.write(f"step {step}: validation loss {value:.4f}; in plain timm the tokens of "
+                       f"{folder} differ by {entry['plain_timm']:.1e}")
     write_log(args, process, patches, step=step, **entry)
     model.train()
     return value
@@ -1208,6 +1216,8 @@ def checked(args):
         args.workers = max(1, min(32, cores))
     world = int(os.environ.get("WORLD_SIZE", 1))
     args.global_batch = args.batch_size * args.accum * world  # images to an update
+    if args.data and os.path.exists(args.data):
+        args.data = os.path.abspath(args.data)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
     positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
@@ -1227,8 +1237,8 @@ def read_run(args):
     """The dict in args.out/last.pt, or None where there is none. ValueError where there is a run
     but no --resume, or where a setting differs that matters."""
     path = os.path.join(args.out, "last.pt")
-    require(args.resume or not os.path.exists(os.path.join(args.out, "args.json")),
-            f"{args.out} holds a run: pass --resume or another --out")
+    held = [name for name in ("args.json", "log.jsonl") if Path(args.out, name).exists()]
+    require(args.resume or not held, f"{args.out} holds a run: pass --resume or another --out")
     if not os.path.exists(path):
         return None
     saved = read_file(path)

@@ -258,6 +258,7 @@ def test_library_refuses_bad_input():
         "soft cap.*Beit": lambda: MaskEmbed(tiny("beit")),
         "soft cap.*Eva": lambda: MaskEmbed(tiny("eva")),
         "ResNet is no plain": lambda: Teacher(timm.create_model("resnet18")),
+        "ending in a LayerNorm": lambda: MaskEmbed(timm.create_model("test_vit4")),
         "Distilled": lambda: Teacher(timm.create_model("deit_tiny_distilled_patch16_224")),
         "5 prefix tokens, 4": lambda: Teacher(VisionTransformer(
             **{**TINY, "img_size": 16}, reg_tokens=4), prefix_only=True),
@@ -764,6 +765,7 @@ def test_data_layouts_and_options(photos, tmp_path, monkeypatch):
             path = tmp_path / "split" / split / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             maskembed.Letters(50)[i][0].save(path)
+    (tmp_path / "split" / "train" / "0.png").rename(tmp_path / "split" / "train" / "0.webp")
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(tmp_path / "split" / "train", "images")
     vit = timm.create_model("test_vit", img_size=32)
