@@ -167,7 +167,7 @@ def _trunk(vit, prefix_only=False):
     norms = [vit.norm, vit.fc_norm] if plain else []
     plain = plain and all(hasattr(n, "bias") for n in norms if not isinstance(n, nn.Identity))
     require(plain, f"this {type(vit).__name__} is no plain ViT: choose a timm VisionTransformer, "
-            "Beit or Eva, ending in a LayerNorm, without parallel blocks, convolutions, distillation")
+            "Beit or Eva, ending in a LayerNorm, without parallel blocks, convolutions, distilling")
     prefix, patches = vit.num_prefix_tokens, vit.patch_embed.num_patches
     require(not prefix_only or 0 < prefix < patches, f"prefix_only: this ViT has {prefix} prefix "
             f"tokens, {patches} patches")
