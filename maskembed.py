@@ -1092,9 +1092,13 @@ def demo(args):
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
         write_file(os.path.join(args.out, "log.jsonl"), b"")
-    letters = tqdm(Letters(32 * steps + 2 * many, seed=args.seed), "draw letters")
-    images, inks = map(torch.stack, zip(*(map(pil_to_tensor, pair) for pair in letters)))
-    images, labels = images / 127.5 - 1, patch_labels(inks[:, 0], 8)
+    letters = Letters(32 * steps + 2 * many, seed=args.seed)
+    images = torch.empty(len(letters), 3, 48, 48)  # filled in place: a list would double it
+    inks = torch.empty(len(letters), 48, 48, dtype=torch.uint8)
+    for i in tqdm(range(len(letters)), "draw letters"):
+        image, ink = letters[i]
+        images[i], inks[i] = pil_to_tensor(image) / 127.5 - 1, pil_to_tensor(ink)[0]
+    labels = patch_labels(inks, 8)
     present = F.one_hot(labels, 9).amax(1)[:, 1:].float()  # (n, 8): which letters are in the image
     train_images, fit, test = images.split([32 * steps, many, many])
     fit_labels, test_labels = labels[32 * steps:].split(many)
