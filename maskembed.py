@@ -825,9 +825,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     step, best, losses = ((saved or new)[name] for name in new)
     if process.rank == 0:
         start_folder(args, saved)
-    flops = prepare(model, teacher, args, process)
-    parallel = model if process.world == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True)
+    parallel, flops = prepare(model, teacher, args, process)
 
     def checkpoint(name="last.pt"):  # the state after `step` updates, and before their validation
         losses[:] = mean_losses(losses, step, process)
@@ -841,8 +839,7 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     bar = tqdm(total=total * args.global_batch, initial=step * args.global_batch, unit="img",
                disable=process.rank > 0)
     try:
-        # last.pt is from before an epoch's validation: where a run stopped there, begin with that
-        # epoch, whose updates are all done, for its validation alone.
+        # last.pt is from before its epoch's validation: a run stopped there begins with that alone.
         for epoch in range(max(0, math.ceil(step / per_epoch) - 1), args.epochs):
             first = (step - epoch * per_epoch) * args.accum
             order = training_order(len(train_set), epoch, args, process)[first:]
@@ -891,8 +888,8 @@ def start_optimizer(model, args, process, saved=None):
 
 
 def prepare(model, teacher, args, process):
-    """Counts the operations that one training image takes, forward and backward -> their number;
-    then switches on checkpointing and compiling."""
+    """Switches on checkpointing, compiling, averaging over processes -> the model so wrapped, and
+    the number of operations that one training image takes, forward and backward."""
     embed = teacher.patch_embed
     image = torch.zeros(1, embed.proj.in_channels, *embed.img_size, device=process.device)
     masks = image.new_ones(1, 1 + args.complement + args.full, teacher.num_patches)
@@ -906,7 +903,9 @@ def prepare(model, teacher, args, process):
         torch._dynamo.config.optimize_ddp = False  # a block is less than what it would cut
         teacher.compile(dynamic=False)
         model.compile(dynamic=False)
-    return counter.get_total_flops()
+    if process.world > 1:
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model, counter.get_total_flops()
 
 
 def log_rates(bar, spent, seconds, flops, args, process, **entry):
