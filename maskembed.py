@@ -23,7 +23,7 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
 import argparse, collections, contextlib, copy, difflib, functools, io, itertools, json, math, os
-import pickle, random, re, signal, sys, tempfile, time, zlib
+import pickle, random, re, signal, sys, time, zlib
 from pathlib import Path
 
 import huggingface_hub
@@ -512,7 +512,7 @@ def open_images(args, vit):
         with explaining(f"--data {path}"):
             sets = [create_dataset("" if found else path, root, "train", download=not found)]
             vars(getattr(sets[0], "reader", sets[0]))["cache_tarfiles"] = False  # none to share
-    require(all(map(len, sets)), f"--data {path}: there are no images in it")
+    require(all(map(len, sets)), f"--data {path}: no images in it, or in its train/ or its val/")
     train, val, window = np.arange(len(sets[0])), np.arange(len(sets[-1])), args.global_batch
     if len(sets) == 1:
         held_out = max(1, min(max(len(train) // 100, window), len(train) // 2, len(train) - window))
@@ -898,7 +898,7 @@ def prepare(model, teacher, args, process):
     model.zero_grad()
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    if args.compile or args.compile is None and process.device.type == "cuda":
+    if args.compile:
         torch._dynamo.config.cache_size_limit = 64  # so many kinds of blocks, shapes, modes
         torch._dynamo.config.optimize_ddp = False  # a block is less than what it would cut
         teacher.compile(dynamic=False)
@@ -982,14 +982,13 @@ def export(folder, encoder, args, images):
     difference = ((plain(images) - ours).norm() / ours.norm()).item()
     plain.pretrained_cfg.update(input_size=(3, *size), num_classes=0)
     about = dict(model=args.model, softcap=args.softcap, img_size=size, difference=difference)
-    with tempfile.TemporaryDirectory() as draft:
-        draft = Path(draft, "config.json")
-        rebuild = {"img_size": size, "global_pool": ""}
-        save_config_for_hf(plain, draft, {"maskembed": about}, rebuild)
+    with explaining(f"cannot write to {folder}"):
+        os.makedirs(folder, exist_ok=True)
+        draft, build = Path(folder, "config.json.tmp"), {"img_size": size, "global_pool": ""}
+        save_config_for_hf(plain, draft, {"maskembed": about}, build)
         config = json.loads(draft.read_text())
     config["model_args"].pop("num_classes", None)  # said at the top; transformers wants it once
     weights = safetensors.torch.save(plain.state_dict())
-    os.makedirs(folder, exist_ok=True)
     write_file(os.path.join(folder, "model.safetensors"), weights)
     write_file(os.path.join(folder, "config.json"), json.dumps(config, indent=1).encode())
     return difference
@@ -1209,7 +1208,10 @@ def parse_args(argv=None):
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     g.add_argument("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the story, "
                    "in 3 minutes: 500 steps; --demo 80 is a quick look")
-    return checked(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    alone = {**vars(parser.parse_args([])), **{n: vars(args)[n] for n in ("demo", "out", "seed")}}
+    require(not args.demo or vars(args) == alone, "--demo goes with --out and --seed alone")
+    return checked(args)
 
 
 def checked(args):
@@ -1231,7 +1233,7 @@ def checked(args):
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
     require(args.warmup_epochs < args.epochs, "--warmup-epochs must be less than --epochs")
-    require(not args.demo or world == 1 and not args.wandb, "--demo: one process, and no --wandb")
+    require(not args.demo or world == 1, "--demo runs in one process")
     require(args.mask_kind != "uniform" or args.keep == 0.5, "--keep does nothing to uniform masks")
     return args
 
@@ -1260,6 +1262,8 @@ def read_run(args):
 def run(args):
     """One run, from its settings to the last checkpoint."""
     process = start_process(args.dtype)
+    if args.compile is None:
+        args.compile = process.device.type == "cuda"
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     saved = read_run(args)
@@ -1303,7 +1307,7 @@ def run(args):
     if process.rank == 0:
         print(text)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # leave together: gloo may hang otherwise, in torch 2.4
+        time.sleep(0.1)  # torch 2.4 joins gloo's threads with Python's lock, which they may need
         torch.distributed.destroy_process_group()
 
 
@@ -1324,7 +1328,8 @@ def describe(args, process, vit, model, teacher, train_set, val_set, done):
           f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, from step "
           f"{done}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = {process.world} "
           f"processes x {args.batch_size} images x {args.accum}\n"
-          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}\n"
+          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}"
+          f"{'; compiling, in the first step' if args.compile else ''}\n"
           f"output   {args.out}")
 
 
