@@ -22,7 +22,7 @@ To succeed for every mask m, each embedding must carry what its own patch contri
     python maskembed.py --data DIR --batch-size 256 --accum 4                # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128     # eight GPUs
 """
-import argparse, collections, contextlib, copy, difflib, functools, io, itertools, json, math, os
+import argparse, collections, contextlib, copy, difflib, functools, itertools, json, math, os
 import pickle, random, re, signal, sys, time, zlib
 from pathlib import Path
 
@@ -110,8 +110,7 @@ def _rectangles(batch_size, num_patches, keep, rand, count=32):
     index = torch.arange(num_patches, device=u.device)
     y, x = index // columns - top, index % columns - left  # (B, count, N): place in each rectangle
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    turn = torch.arange(count, device=u.device)[:, None]  # (count, 1)
-    first = torch.where(inside, turn, count).amin(dim=1)  # (B, N): the turn that shows each patch
+    first = (~inside).cumprod(dim=1).sum(dim=1)  # (B, N): the turn that shows each patch
     scan = torch.where(rand(batch_size, 1) < 0.5, index, num_patches - 1 - index)  # or upwards
     rank = (first * num_patches + scan).argsort(dim=1).argsort(dim=1)  # in order of appearance
     return rank < math.ceil(largest - 1e-6)  # 1e-6: 0.7 * 10 is a little over 7
@@ -124,14 +123,12 @@ def mask_pixels(images, masks, patch_size):
     beyond the last whole patch are hidden: no patch sees them. ValueError if N is another grid's.
     """
     p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    require(images.ndim == 4 and images.numel() > 0 < min(p, q), f"need images (B, C, H, W) and "
-            f"patches of 1 pixel or more, not {tuple(images.shape)} and {p} x {q}")
-    height, width = images.shape[-2:]
-    rows, columns = height // p, width // q
-    fits = masks.ndim == 3 and masks.shape[::2] == (len(images), rows * columns)
-    require(fits and masks.numel() > 0 and images.device == masks.device, f"masks "
-            f"{tuple(masks.shape)} on {masks.device} are not ({len(images)}, K > 0, "
-            f"{rows * columns}), a {rows} x {columns} grid, on {images.device}")
+    height, width = images.shape[2:] if images.ndim == 4 else (0, 0)
+    rows, columns = (height // p, width // q) if min(p, q) > 0 else (0, 0)
+    fits = masks.ndim == 3 and masks.shape[::2] == (*images.shape[:1], rows * columns)
+    require(fits and masks.numel() > 0 < images.numel() and images.device == masks.device,
+            f"images {tuple(images.shape)} on {images.device}, in patches of {p} x {q} a {rows} x "
+            f"{columns} grid, do not go with masks {tuple(masks.shape)} on {masks.device}")
     pixels = masks.unflatten(2, (rows, columns)).repeat_interleave(p, 2).repeat_interleave(q, 3)
     pixels = F.pad(pixels, (0, width - columns * q, 0, height - rows * p))  # (B, K, H, W)
     return images[:, None] * pixels[:, :, None]
@@ -147,25 +144,29 @@ def _check_batch(images, masks, embed):
             f"of each, on {like.device}, not {tuple(images.shape)} {images.dtype} {images.device} "
             f"and {tuple(masks.shape)} {masks.dtype} {masks.device}")
     if masks.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait
-        require(((masks == 0) | (masks == 1)).all(), f"masks {tuple(masks.shape)} hold other "
-                "values than 0 and 1")
+        require((masks == masks.bool()).all(), f"masks {tuple(masks.shape)} of more than 0 and 1")
 
 
 # ---- teacher -------------------------------------------------------------------------------------
-def _choose_attention(blocks, device):
+def _compile_blocks(model, *args, **options):
+    """nn.Module.compile, but block by block: what is compiled for one serves them all."""
+    for block in [module for module in model.modules() if hasattr(module, "attn")]:
+        block.compile(*args, **options)
+
+
+def _choose_attention(model, device):
     """timm's fused attention, but for bfloat16 on a CPU, where matrix products are faster."""
     fused = device.type != "cpu" or not torch.is_autocast_enabled("cpu")
-    for block in blocks:
-        if getattr(block.attn, "fused_attn", fused) != fused:
-            block.attn.fused_attn = fused
+    for module in model.modules():
+        if getattr(module, "fused_attn", fused) != fused:
+            module.fused_attn = fused
 
 
 def _trunk(vit, prefix_only=False):
     """A copy of a timm ViT without pooling and head: all tokens come out, every weight is used."""
-    plain = isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
-    plain = plain and isinstance(vit.patch_embed, PatchEmbed) and not hasattr(vit, "head_dist")
-    norms = [vit.norm, vit.fc_norm] if plain else []
-    plain = plain and all(hasattr(n, "bias") for n in norms if not isinstance(n, nn.Identity))
+    plain = (isinstance(vit, (VisionTransformer, Beit, Eva)) and hasattr(vit.blocks[0], "attn")
+             and isinstance(vit.patch_embed, PatchEmbed) and not hasattr(vit, "head_dist")
+             and all(isinstance(n, (nn.LayerNorm, nn.Identity)) for n in (vit.norm, vit.fc_norm)))
     require(plain, f"this {type(vit).__name__} is no plain ViT: choose a timm VisionTransformer, "
             "Beit or Eva, ending in a LayerNorm, without parallel blocks, convolutions, distilling")
     prefix, patches = vit.num_prefix_tokens, vit.patch_embed.num_patches
@@ -202,13 +203,10 @@ class Teacher(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.train()
 
+    compile = _compile_blocks
+
     def train(self, mode=True):
         return super().train(False)
-
-    def compile(self, *args, **options):
-        """nn.Module.compile, but block by block: what is compiled for one serves them all."""
-        for block in self.vit.blocks:
-            block.compile(*args, **options)
 
     def forward(self, images, masks):
         return self.tokens(images, masks)[:, :, self.predicted] * self.scale
@@ -217,13 +215,12 @@ class Teacher(nn.Module):
     def tokens(self, images, masks):
         """f(m * x), all tokens, (B, K, T, D)."""
         _check_batch(images, masks, self.patch_embed)
+        _choose_attention(self, images.device)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
-        # image once and put a blank patch's embedding, the bias, where m is 0. As mask_pixels does.
-        _choose_attention(self.vit.blocks, images.device)
-        x = self.patch_embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
-        bias = self.patch_embed.proj.bias
-        blank = x.new_zeros(x.shape[-1]) if bias is None else bias.to(x.dtype)
-        blank = self.patch_embed.norm(blank).to(x.dtype)
+        # image once and put a blank patch's embedding where m is 0. As mask_pixels does.
+        embed = self.patch_embed
+        x = embed(images)  # (B, N, D), or (B, rows, columns, D) if dynamic_img_size
+        blank = embed.norm(embed.proj(torch.zeros_like(embed.proj.weight[:1])).flatten())  # (D,)
         visible = masks.bool().view(*masks.shape[:2], *x.shape[1:-1], 1)
         # One mask after the other: less memory at a time, which on a CPU is also faster.
         views = [self.vit(torch.where(visible[:, k], x, blank)) for k in range(masks.shape[1])]
@@ -315,10 +312,7 @@ class MaskEmbed(nn.Module):
         self.decoder = Decoder(encoder, width, decoder_layers)
         self.to(next(vit.parameters()))  # its device and dtype
 
-    def compile(self, *args, **options):
-        """nn.Module.compile, but block by block: what is compiled for one serves them all."""
-        for block in [*self.encoder.blocks, *self.decoder.blocks]:
-            block.compile(*args, **options)
+    compile = _compile_blocks
 
     def set_grad_checkpointing(self, enable=True):
         """Blocks are computed again in the backward pass, instead of keeping what it needs."""
@@ -327,7 +321,7 @@ class MaskEmbed(nn.Module):
 
     def forward(self, images, masks):
         _check_batch(images, masks, self.encoder.patch_embed)
-        _choose_attention([*self.encoder.blocks, *self.decoder.blocks], images.device)
+        _choose_attention(self, images.device)
         tokens = self.encoder(images)  # (B, T, E), once for all masks
         return self.decoder(tokens, masks)[:, :, self.predicted]
 
@@ -377,8 +371,7 @@ class Letters:
         return self.count
 
     def __getitem__(self, index):
-        if not 0 <= index < self.count:
-            raise IndexError(index)
+        index = range(self.count)[index]  # or IndexError
         rng, shape = random.Random(f"{self.seed} {index}"), (self.size, self.size)
         noise = Image.frombytes("RGB", (6, 6), bytes(64 + b // 2 for b in rng.randbytes(108)))
         image, ink = noise.resize(shape, Image.BICUBIC), Image.new("L", shape)
@@ -448,7 +441,7 @@ def read_image(data, index):
         require(max(image.size) <= 100 * min(image.size), "too long: {} x {} pixels"
                 .format(*image.size))
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
     except Exception as error:
         raise InputError(f"{name or f'image {index}'}: {error!r}") from error
@@ -504,14 +497,13 @@ def open_images(args, vit):
         splits = [os.path.join(path, split) for split in ("train", "val")]
         sets = list(map(find_images, splits if all(map(os.path.isdir, splits)) else [path]))
     else:
-        found = os.path.exists(path)
-        require(found or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or "
+        tar = os.path.isfile(path) and path.endswith(".tar")
+        require(tar or path.startswith(("torch/", "hfds/")), f"--data {path}: no such folder or "
                 "tar, and of timm's data sets only torch/... and hfds/... can be indexed")
-        root = path if found else os.path.join(torch.hub.get_dir(), "datasets")
         timm.data.add_img_extensions((*IMG_EXTENSIONS, ".gif"))  # of a tar's members
-        with explaining(f"--data {path}"):
-            sets = [create_dataset("" if found else path, root, "train", download=not found)]
-            vars(getattr(sets[0], "reader", sets[0]))["cache_tarfiles"] = False  # none to share
+        with explaining(f"--data {path}"):  # of an open tar file, no two workers could read
+            sets = [timm.data.ImageDataset(path, cache_tarfiles=False) if tar else create_dataset(
+                path, os.path.join(torch.hub.get_dir(), "datasets"), "train", download=True)]
     require(all(map(len, sets)), f"--data {path}: no images in it, or in its train/ or its val/")
     train, val, window = np.arange(len(sets[0])), np.arange(len(sets[-1])), args.global_batch
     if len(sets) == 1:
@@ -568,8 +560,7 @@ def load(data, order, key, num_patches, args, process, start=0):
         require(seen - good <= max(16, seen / 2), f"{seen - good} of {seen} images are broken, "
                 f"such as {[*filter(None, problems)]}")
         step, micro = divmod(number, args.accum)
-        generator = torch.Generator(process.device)
-        generator.manual_seed(seed_of(args.seed, *key, step))
+        generator = torch.Generator(process.device).manual_seed(seed_of(args.seed, *key, step))
         masks = sample_masks(args.global_batch, num_patches, args.mask_kind, args.keep,
                              args.complement, args.full, generator)
         masks = masks.view(args.accum, args.batch_size, process.world, *masks.shape[1:])
@@ -596,9 +587,9 @@ def start_process(dtype="auto"):
     stop: a list, which a signal to end the run goes into, see stopping).
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    device, cuda = torch.device("cpu"), torch.cuda.is_available()
     bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # torch 2.4: not there
-    if torch.cuda.is_available():
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         with explaining(f"no {device} for process {rank}: lower --nproc-per-node"):
             torch.cuda.set_device(device)
@@ -606,14 +597,13 @@ def start_process(dtype="auto"):
     elif torch.backends.mps.is_available() and world == 1:
         device, bf16 = torch.device("mps"), False
     if dtype == "auto":
-        dtype = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
+        dtype = "bfloat16" if bf16 else "float16" if cuda else "float32"
     fits = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}.get(dtype, [device.type])
     require(device.type in fits, f"--dtype {dtype} is not for {device.type}")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    autocast = functools.partial(torch.autocast, "cuda" if device.type == "cuda" else "cpu",
-                                 getattr(torch, dtype), enabled=dtype != "float32")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    autocast = functools.partial(torch.autocast, "cuda" if cuda else "cpu", getattr(torch, dtype),
+                                 enabled=dtype != "float32")
     return Process(rank, world, device, getattr(torch, dtype), autocast, [])
 
 
@@ -641,12 +631,10 @@ def stopping(stop):
     def handler(number, _):
         stop.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as after:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            after.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -665,11 +653,9 @@ def read_file(path):
     torch.serialization.add_safe_globals([argparse.Namespace])  # in the authors' files, and inert
     with explaining(f"cannot read {path}"):
         if os.path.isdir(path):  # timm's hub layout
-            with open(os.path.join(path, "config.json")) as file:
-                config = json.load(file)
+            config = json.loads(Path(path, "config.json").read_text())
             about = {"model": config["architecture"], **config.get("maskembed", {})}
-            weights = os.path.join(path, "model.safetensors")
-            return {"model": safetensors.torch.load_file(weights), "args": about}
+            return {"model": read_file(Path(path, "model.safetensors")), "args": about}
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         try:
@@ -704,7 +690,7 @@ def load_weights(vit, saved, path):
 
 
 def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
-    """The ViT to align, from timm: weights from its hub, from a checkpoint file, or random.
+    """The ViT to align, no pooling: weights from timm's hub, from a checkpoint file, or random.
 
     Raises ValueError for a name unknown to timm (with the nearest), for what is no ViT, and, within
     seconds, where the weights are not cached and the hub cannot be reached.
@@ -721,13 +707,10 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
         except Exception:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
     with explaining(f"cannot load {name}, pass --checkpoint FILE (or --no-pretrained, to try)"):
-        vit = timm.create_model(name, pretrained, num_classes=0, img_size=img_size)
-    embed = vit.patch_embed
-    rest = any(pixels % patch for pixels, patch in zip(embed.img_size, embed.patch_size))
-    whole = embed.num_patches and (embed.strict_img_size or not rest)
-    require(whole, f"--img-size {img_size} does not divide into patches of {embed.patch_size}")
+        vit = _trunk(timm.create_model(name, pretrained, num_classes=0, img_size=img_size))
+    with explaining(f"--img-size {img_size}"):  # not all can be divided into patches
+        vit.patch_embed(torch.zeros(1, 3, *vit.patch_embed.img_size))
     if checkpoint:
-        vit = _trunk(vit)  # loading is strict, and says nothing of pooling
         load_weights(vit, read_file(checkpoint), checkpoint)
     return vit
 
@@ -765,11 +748,9 @@ def learning_rate(step, total, warmup, lr, min_lr):
 def evaluate(function, data, num_patches, args, process):
     """Means of the scalars that function(images, masks) lists, over `data` and all ranks: each
     image once, under the same masks every time -> float64 (number of scalars,). Raises Stopped."""
-    stride, rows = args.batch_size * process.world, []
-    order = [range(i, min(i + stride, len(data)), process.world)
-             for i in range(process.rank, len(data), stride)]
-    batches = load(data, order, (), num_patches, args, process)
-    with contextlib.closing(batches):
+    places, rows = range(process.rank, len(data), process.world), []  # this rank's
+    order = [places[i:i + args.batch_size] for i in range(0, len(places), args.batch_size)]
+    with contextlib.closing(load(data, order, (), num_patches, args, process)) as batches:
         for _ in range(0, len(data), args.global_batch):
             go_on(process)
             for images, masks in itertools.islice(batches, args.accum):
@@ -787,6 +768,8 @@ def measure_scale(teacher, data, args, process):
         return [target.mean(), target.square().mean()]
     mean, square = evaluate(moments, data, teacher.num_patches, args, process)
     teacher.scale.fill_((square - mean ** 2) ** -0.5)
+    if process.rank == 0:
+        print(f"scale    s = {teacher.scale:.4f}, of the targets")
 
 
 def update(model, teacher, batches, optimizer, scaler, args, process):
@@ -820,39 +803,37 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     """
     per_epoch = math.ceil(len(train_set) / args.global_batch)
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    optimizer, scaler = start_optimizer(model, args, process, saved)
+    parallel, optimizer, scaler, flops = prepare(model, teacher, val_set, args, process, saved)
     new = dict(step=0, best=math.inf, losses=[])  # lowest validation loss; those not yet logged
     step, best, losses = ((saved or new)[name] for name in new)
     if process.rank == 0:
         start_folder(args, saved)
-    parallel, flops = prepare(model, teacher, args, process)
 
     def checkpoint(name="last.pt"):  # the state after `step` updates, and before their validation
         losses[:] = mean_losses(losses, step, process)
         if process.rank == 0:
-            write_file(os.path.join(args.out, name), dict(
+            write_file(f"{args.out}/{name}", dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best,
                 scaler=scaler.state_dict(), scale=teacher.scale.item(), losses=losses,
-                log=os.path.getsize(os.path.join(args.out, "log.jsonl")),
-                sizes=[len(train_set), len(val_set)], args=vars(args)))
+                log=os.path.getsize(f"{args.out}/log.jsonl"), args=vars(args),
+                sizes=[len(train_set), len(val_set)]))
 
-    bar = tqdm(total=total * args.global_batch, initial=step * args.global_batch, unit="img",
-               disable=process.rank > 0)
+    bar = tqdm(total=total, initial=step, unit="step", disable=process.rank > 0)
     try:
         # last.pt is from before its epoch's validation: a run stopped there begins with that alone.
         for epoch in range(max(0, math.ceil(step / per_epoch) - 1), args.epochs):
             first = (step - epoch * per_epoch) * args.accum
             order = training_order(len(train_set), epoch, args, process)[first:]
-            batches = load(train_set, order, (epoch,), teacher.num_patches, args, process, first)
             clock = time.perf_counter()
-            with contextlib.closing(batches):
+            with contextlib.closing(load(train_set, order, (epoch,), teacher.num_patches, args,
+                                         process, first)) as batches:
                 while step < (epoch + 1) * per_epoch:
                     lr = learning_rate(step, total, warmup, args.lr, args.min_lr)
                     optimizer.param_groups[0]["lr"] = lr
                     losses.append(update(parallel, teacher, itertools.islice(batches, args.accum),
                                          optimizer, scaler, args, process))
                     step += 1
-                    bar.update(args.global_batch)
+                    bar.update()
                     if step % args.log_every == 0:
                         losses[:] = mean_losses(losses, step, process)
                         log_rates(bar, train_set.spent, time.perf_counter() - clock, flops, args,
@@ -874,22 +855,21 @@ def train(model, teacher, train_set, val_set, args, process, saved=None):
     return val_loss
 
 
-def start_optimizer(model, args, process, saved=None):
-    """AdamW for what is to be trained, and the scaler that float16 needs, as `saved` has them."""
+def prepare(model, teacher, val_set, args, process, saved):
+    """Everything for the next step, as `saved` has it or new -> the model, averaging over processes
+    and compiled, AdamW, float16's scaler, and the operations that one training image takes."""
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], args.lr, betas=(0.9, 0.95),
         weight_decay=args.weight_decay, fused=process.device.type != "mps")
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
     if saved:
         with explaining(f"{args.out}/last.pt does not fit"):
+            model.load_state_dict(saved.pop("model"))
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved["scaler"])
-    return optimizer, scaler
-
-
-def prepare(model, teacher, args, process):
-    """Switches on checkpointing, compiling, averaging over processes -> the model so wrapped, and
-    the number of operations that one training image takes, forward and backward."""
+            teacher.scale.fill_(saved["scale"])
+    elif args.loss == "mse":
+        measure_scale(teacher, val_set, args, process)
     embed = teacher.patch_embed
     image = torch.zeros(1, embed.proj.in_channels, *embed.img_size, device=process.device)
     masks = image.new_ones(1, 1 + args.complement + args.full, teacher.num_patches)
@@ -905,18 +885,17 @@ def prepare(model, teacher, args, process):
         model.compile(dynamic=False)
     if process.world > 1:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return model, counter.get_total_flops()
+    return model, optimizer, scaler, counter.get_total_flops()
 
 
 def log_rates(bar, spent, seconds, flops, args, process, **entry):
     """Logs and shows what was fast and what was slow in the last seconds: see Images.spent."""
     images = spent["images"] * process.world
-    rates = dict(speed=images / seconds, loader=images / max(spent["work"], 1e-9),  # images/s
+    entry.update(speed=images / seconds, loader=images / max(spent["work"], 1e-9),  # images/s
                  wait=spent["wait"] / seconds, tflops=images / seconds * flops / 1e12)
     spent.clear()
-    write_log(args, process, **entry, **rates)
-    bar.set_postfix_str("loss {loss:.4f}, lr {lr:.1e}, waiting {wait:.0%}, {tflops:.2f} TFLOP/s"
-                        .format(**entry, **rates))
+    write_log(args, process, **entry)
+    bar.set_postfix(entry)
 
 
 def mean_losses(losses, step, process):
@@ -926,60 +905,65 @@ def mean_losses(losses, step, process):
     """
     ranks = all_ranks(process, [float(loss) for loss in losses])
     for number, of_ranks in enumerate(zip(*ranks), step - len(losses) + 1):
-        whose = [rank for rank, loss in enumerate(of_ranks) if math.isnan(loss)]
-        rank = min(whose, default="all")
+        rank = next((rank for rank, loss in enumerate(of_ranks) if math.isnan(loss)), "all")
         require(all(map(math.isfinite, of_ranks)), f"step {number}, rank {rank}: the loss or its "
                 "gradient is not finite; try a lower --lr; the last checkpoint is from before")
     return [sum(of_ranks) / process.world for of_ranks in zip(*ranks)]
 
 
+@torch.no_grad()
 def validate(model, teacher, data, step, args, process):
-    """The loss over `data`, into the log, and a picture of what the embeddings have become."""
+    """The loss over `data`, logged; encoder/, and a picture of what the embeddings have become."""
     def loss(images, masks):
         prediction, target = model(images, masks), teacher(images, masks)
         return [reconstruction_loss(prediction, target, masks, args.loss)]
     model.eval()
     value = evaluate(loss, data, teacher.num_patches, args, process).item()
     require(math.isfinite(value), f"validation loss {value} after step {step}: try a lower --lr")
-    entry, patches = dict(val_loss=value), os.path.join(args.out, "patches.png")
+    entry = dict(step=step, val_loss=value)
     if process.rank == 0:
-        images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))]).to(process.device)
-        picture(patches, model, teacher, images, process)
+        images = torch.stack([data[0, i][0] for i in range(min(8, len(data)))])
+        shown, grid = images.to(process.device), teacher.patch_embed.grid_size
+        with process.autocast():
+            before = teacher.tokens(shown, shown.new_ones(len(shown), 1, teacher.num_patches))[:, 0]
+        encoder = copy.deepcopy(model.encoder).cpu()  # float32, not compiled
+        after = encoder.fc_norm(encoder.forward_features(images))
+        low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
+        save_picture(f"{args.out}/patches.png", {
+            "image": (images - low) / (high - low + 1e-6),
+            "before:\nteacher": principal_colours(before, grid),
+            "after:\nencoder": principal_colours(after, grid)})
         if timm.is_model(args.model):  # the demo's is none of timm's
-            folder = os.path.join(args.out, "encoder")
-            entry["plain_timm"] = export(folder, model.encoder, args, images)
+            entry["plain_timm"] = export(f"{args.out}/encoder", encoder, args, images, after)
             tqdm.write(f"step {step}: validation loss {value:.4f}; in plain timm the tokens of "
-                       f"{folder} differ by {entry['plain_timm']:.1e}")
-    write_log(args, process, patches, step=step, **entry)
+                       f"{args.out}/encoder differ by {entry['plain_timm']:.1e}")
+    write_log(args, process, **entry)
     model.train()
     return value
 
 
-def write_log(args, process, patches=None, **entry):
-    """Appends a line to log.jsonl, and to wandb where that was asked for."""
+def write_log(args, process, **entry):
+    """Appends a line to log.jsonl, and to wandb where that was asked for, with the picture."""
     if process.rank == 0:
-        with explaining(f"cannot write to {args.out}"):
-            with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        with explaining(f"cannot write to {args.out}"), open(f"{args.out}/log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
         if args.wandb:
             import wandb
-            pictures = {"patches": wandb.Image(patches)} if patches else {}
-            wandb.log({**entry, **pictures}, step=entry["step"])
+            if "val_loss" in entry:
+                entry["patches"] = wandb.Image(f"{args.out}/patches.png")
+            wandb.log(entry, step=entry["step"])
 
 
-@torch.no_grad()
-def export(folder, encoder, args, images):
+def export(folder, encoder, args, images, tokens):
     """The aligned ViT in timm's hub layout: timm.create_model(f"local-dir:{folder}").
 
     Plain timm has no soft cap: returns, and writes into config.json, how far its tokens of `images`
-    are from the encoder's, as a share of their norm. load_aligned(folder) gives the exact model.
+    are from the encoder's, `tokens`, as a share of their norm. load_aligned(folder) is exact.
     """
     size = list(encoder.patch_embed.img_size)
     plain = timm.create_model(args.model, num_classes=0, global_pool="", img_size=size).eval()
     load_weights(plain, {"model": encoder.state_dict()}, args.model)
-    encoder, images = copy.deepcopy(encoder).cpu().eval(), images.cpu()  # float32, not compiled
-    ours = encoder.fc_norm(encoder.forward_features(images))
-    difference = ((plain(images) - ours).norm() / ours.norm()).item()
+    difference = ((plain(images) - tokens).norm() / tokens.norm()).item()
     plain.pretrained_cfg.update(input_size=(3, *size), num_classes=0)
     about = dict(model=args.model, softcap=args.softcap, img_size=size, difference=difference)
     with explaining(f"cannot write to {folder}"):
@@ -988,16 +972,15 @@ def export(folder, encoder, args, images):
         save_config_for_hf(plain, draft, {"maskembed": about}, build)
         config = json.loads(draft.read_text())
     config["model_args"].pop("num_classes", None)  # said at the top; transformers wants it once
-    weights = safetensors.torch.save(plain.state_dict())
-    write_file(os.path.join(folder, "model.safetensors"), weights)
-    write_file(os.path.join(folder, "config.json"), json.dumps(config, indent=1).encode())
+    write_file(f"{folder}/model.safetensors", safetensors.torch.save(plain.state_dict()))
+    write_file(f"{folder}/config.json", json.dumps(config, indent=1).encode())
     return difference
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 def principal_colours(tokens, grid):
-    """Patch embeddings (n, N, D) -> (n, 3, *grid) in 0..1: their first 3 principal components."""
-    x = tokens.float().flatten(0, 1)
+    """Tokens (n, T, D) -> (n, 3, *grid) in 0..1: the patches' first 3 principal components."""
+    x = tokens[:, -math.prod(grid):].float().cpu().flatten(0, 1)
     x = x - x.mean(dim=0)
     x = x @ torch.linalg.eigh(x.T @ x)[1][:, -3:].flip(1)  # (n N, 3), the largest first
     low, high = x.quantile(0.02, dim=0), x.quantile(0.98, dim=0)
@@ -1006,7 +989,7 @@ def principal_colours(tokens, grid):
 
 
 def save_picture(path, columns, legend=(), size=128):
-    """A labelled grid: columns {title: (n, 3, h, w) in 0..1}; legend [(text, colour (3,))]."""
+    """A labelled grid: columns {title: (n, 3, h, w) in 0..1}; legend [(text, [r, g, b])]."""
     panels = [F.interpolate(c.float().cpu(), (size, size)) for c in columns.values()]
     grid = make_grid(torch.stack(panels, 1).flatten(0, 1), len(panels), padding=6, pad_value=1)
     image = to_pil_image(F.pad(grid, (0, 0, 40, 36 * bool(legend)), value=1.0))
@@ -1015,31 +998,15 @@ def save_picture(path, columns, legend=(), size=128):
         draw.multiline_text((6 + i * (size + 6), 2), title, fill="black", font=font, spacing=1)
     for i, (text, colour) in enumerate(legend):
         left, top = 8 + i * (image.width - 8) // len(legend), image.height - 30
-        fill = tuple(int(255 * value) for value in colour)
-        draw.rectangle((left, top, left + 20, top + 20), fill=fill, outline="black")
+        draw.rectangle((left, top, left + 20, top + 20), fill=tuple(colour), outline="black")
         draw.text((left + 26, top), text, fill="black", font=font)
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    write_file(path, buffer.getvalue())
-
-
-@torch.no_grad()
-def picture(path, model, teacher, images, process):
-    """Images (B, 3, H, W) and their patch embeddings before and after, components as colours."""
-    grid, encoder = model.encoder.patch_embed.grid_size, model.encoder
-    with process.autocast():
-        before = teacher.tokens(images, images.new_ones(len(images), 1, teacher.num_patches))[:, 0]
-        after = encoder.fc_norm(encoder.forward_features(images))
-    before, after = (principal_colours(x[:, -teacher.num_patches:].float().cpu(), grid)
-                     for x in (before, after))
-    low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
-    save_picture(path, {"image": (images - low) / (high - low + 1e-6), "before:\nteacher": before,
-                        "after:\nencoder": after})
+    with explaining(f"cannot write {path}"):
+        image.save(path)
 
 
 # ---- demo ----------------------------------------------------------------------------------------
 COLOURS = torch.tensor([[40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
-                        [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]]) / 255
+                        [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]])
 
 
 def probe(train, labels, test, test_labels, classes=len(LETTERS) + 1):
@@ -1048,7 +1015,7 @@ def probe(train, labels, test, test_labels, classes=len(LETTERS) + 1):
     Returns what it reads from the test features, (m, N), and the means over the classes, without
     background (0), of intersection over union and of recall.
     """
-    mean, std = train.flatten(0, 1).mean(0), train.flatten(0, 1).std(0) + 1e-6
+    mean, std = train.mean((0, 1)), train.std((0, 1)) + 1e-6
     x, y = ((train - mean) / std).flatten(0, 1), labels.flatten()
     linear = nn.Linear(len(mean), classes)
     nn.init.zeros_(linear.weight)
@@ -1085,7 +1052,7 @@ def demo(args):
     process = Process(0, 1, torch.device("cpu"), torch.float32, contextlib.nullcontext, [])
     steps, many = args.demo, min(2000, 8 * args.demo)  # images to fit the probes, images to test
     torch.manual_seed(args.seed)
-    taken = os.path.exists(os.path.join(args.out, "args.json"))  # which a demo writes further down
+    taken = Path(args.out, "args.json").exists()  # a demo writes this further down
     require(not taken, f"{args.out} holds a run: choose another --out")
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
@@ -1093,8 +1060,7 @@ def demo(args):
     letters = Letters(32 * steps + 2 * many, seed=args.seed)
     images = torch.empty(len(letters), 3, 48, 48)  # filled in place: a list would double it
     inks = torch.empty(len(letters), 48, 48, dtype=torch.uint8)
-    for i in tqdm(range(len(letters)), "draw letters"):
-        image, ink = letters[i]
+    for i, (image, ink) in enumerate(tqdm(letters, "draw letters")):
         images[i], inks[i] = pil_to_tensor(image) / 127.5 - 1, pil_to_tensor(ink)[0]
     labels = patch_labels(inks, 8)
     present = F.one_hot(labels, 9).amax(1)[:, 1:].float()  # (n, 8): which letters are in the image
@@ -1119,36 +1085,39 @@ def demo(args):
     best = max((probed(f"teacher, block {i + 1}", lambda x: vit.forward_intermediates(
         x, indices=[i], intermediates_only=True, output_fmt="NLC")[0]) for i in range(4)),
         key=lambda result: result[0])
-    results = {}
-    whole = "--mask-kind bernoulli --keep 1 --no-complement --no-full"  # the full mask alone
-    for name, flags in (("aligned", ""), ("control", whole)):
+
+    def aligned(name, flags=""):
         words = ("--model demo --skip-blocks 0 --epochs 2 --batch-size 64 --lr 2e-3 --workers 0 "
-                 f"--seed {args.seed} {flags}")
+                 f"--no-compile --seed {args.seed} {flags}")
         settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
         torch.manual_seed(args.seed)  # both begin with the same decoder
         teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
         sets = [Images(x.__getitem__, range(len(x)), nn.Identity())
                 for x in (train_images, fit[:256])]
-        measure_scale(teacher, sets[1], settings, process)
         train(model, teacher, *sets, settings, process)
-        results[name] = probed(name, lambda x: model.encoder.forward_features(x)[:, 1:])
-    gains = [results["aligned"][0] - other[0] for other in (best, results["control"])]
-    print("gain in mean IoU: {:+.3f} over the teacher's best block, {:+.3f} over the control (full "
-          "masks only)".format(*gains))
-    demo_picture(os.path.join(args.out, "patches.png"), test, test_labels, best, results["aligned"])
+        return probed(name, lambda x: model.encoder.forward_features(x)[:, 1:])
+    after = aligned("aligned")
+    control = aligned("control", "--mask-kind bernoulli --keep 1 --no-complement --no-full")
+    print(f"gain in mean IoU: {after[0] - best[0]:+.3f} over the teacher's best block, "
+          f"{after[0] - control[0]:+.3f} over the control (full masks only)")
+    demo_picture(f"{args.out}/patches.png", test, test_labels, best, after)
 
 
 def demo_picture(path, test, labels, before, after):
     """Six images with many letters: true labels, what the probes read, principal components."""
     show = (labels > 0).sum(1).argsort(descending=True, stable=True)[:6]
-    tiles = {"true\nletters": labels, "read from\nteacher": before[1],
-             "read from\naligned": after[1]}
-    columns = {"image": (test[show] + 1) / 2}
-    for title, classes in tiles.items():
-        columns[title] = COLOURS[classes[show]].view(-1, 6, 6, 3).permute(0, 3, 1, 2)
-    for title, tokens in (("components,\nteacher", before[2]), ("components,\naligned", after[2])):
-        columns[title] = principal_colours(tokens[show], (6, 6))
-    save_picture(path, columns, list(zip(["none", *LETTERS], COLOURS)))
+
+    def letters(classes):
+        return COLOURS[classes[show]].view(6, 6, 6, 3).permute(0, 3, 1, 2) / 255
+
+    def components(tokens):
+        return principal_colours(tokens[show], (6, 6))
+    columns = {
+        "image": (test[show] + 1) / 2, "true\nletters": letters(labels),
+        "read from\nteacher": letters(before[1]), "read from\naligned": letters(after[1]),
+        "components,\nteacher": components(before[2]),
+        "components,\naligned": components(after[2])}
+    save_picture(path, columns, list(zip(["none", *LETTERS], COLOURS.tolist())))
     print(f"picture: {path}")
 
 
@@ -1159,6 +1128,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)  # raises InputError(message), no usage lines
     yes_no, dtypes = argparse.BooleanOptionalAction, ["auto", "bfloat16", "float16", "float32"]
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm ViT")
     g.add_argument("--pretrained", action=yes_no, default=True, help="weights from the model hub")
@@ -1180,8 +1150,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="PATH", help="folder, tar, torch/... or hfds/...")
     g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
-    g.add_argument("--workers", type=int, help="that read images, per process; "
-                   "if left out, its share of the machine's cores, at most 32")
+    g.add_argument("--workers", type=int, default=max(1, min(32, cores)),
+                   help="that read images, per process; its share of the cores, at most 32")
     g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
     g.add_argument("--mixup", type=float, default=0.0, help="alpha, 0 = off")
     g.add_argument("--cutmix", type=float, default=0.0, help="alpha, 0 = off")
@@ -1197,13 +1167,12 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="of all that is random")
     g = parser.add_argument_group("run")
     g.add_argument("--dtype", default="auto", choices=dtypes, help="of matrix products")
-    g.add_argument("--grad-checkpointing", action=yes_no, default=False, help="less memory, for a "
-                   "third more time")
-    g.add_argument("--compile", action=yes_no, help="torch.compile; on cuda if left out")
+    g.add_argument("--grad-checkpointing", action=yes_no, default=False, help="slower, less memory")
+    cuda = torch.cuda.is_available()
+    g.add_argument("--compile", action=yes_no, default=cuda, help="torch.compile, block by block")
     g.add_argument("--out", metavar="DIR", help="output folder; output/MODEL if left out")
     g.add_argument("--resume", action=yes_no, default=False, help="go on from DIR/last.pt, if any")
-    g.add_argument("--save-every", type=int, default=1000, help="updates from last.pt to last.pt, "
-                   "which is saved after each epoch as well")
+    g.add_argument("--save-every", type=int, default=1000, help="updates; also after each epoch")
     g.add_argument("--log-every", type=int, default=20, help="updates from log to log")
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
     g.add_argument("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the story, "
@@ -1216,19 +1185,16 @@ def parse_args(argv=None):
 
 def checked(args):
     """The same settings, dependent defaults filled in; ValueError where one is out of range."""
-    if args.workers is None:
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = max(1, min(32, cores))
     world = int(os.environ.get("WORLD_SIZE", 1))
     args.global_batch = args.batch_size * args.accum * world  # images to an update
     if args.data and os.path.exists(args.data):
         args.data = os.path.abspath(args.data)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
-    positive = ("img_size", "decoder_layers", "decoder_width", "num_images", "epochs", "batch_size",
-                "accum", "save_every", "log_every", "demo")
+    from_0 = ("skip_blocks", "workers", "warmup_epochs", "seed")
     for name, value in vars(args).items():
-        low, high = int(name in positive), 1 if name == "keep" else 2 ** 31
+        low = int(type(value) is int and name not in from_0)
+        high = 1 if name == "keep" else 2 ** 31
         require(type(value) not in (int, float) or low <= value <= high,
                 f"--{name.replace('_', '-')} {value} is not in {low} to {high:g}")
     require(args.min_lr <= args.lr, f"--min-lr {args.min_lr} is above --lr {args.lr}")
@@ -1242,17 +1208,17 @@ def read_run(args):
     """The dict in args.out/last.pt, or None where there is none. ValueError where there is a run
     but no --resume, or where a setting differs that matters."""
     path = os.path.join(args.out, "last.pt")
-    held = [name for name in ("args.json", "log.jsonl") if Path(args.out, name).exists()]
+    held = any(Path(args.out, name).exists() for name in ("args.json", "log.jsonl", "last.pt"))
     require(args.resume or not held, f"{args.out} holds a run: pass --resume or another --out")
     if not os.path.exists(path):
         return None
     saved = read_file(path)
     with explaining(f"{path} is not from a run"):
-        before, now = saved["args"], vars(args)
-        longer = ["epochs"] * (args.epochs > before["epochs"])  # stretches the schedule
-    free = longer + ("batch_size accum workers compile grad_checkpointing out resume save_every "
-                     "log_every wandb").split()
-    changed = [f"{name} was {before.get(name)}, not {value}" for name, value in now.items()
+        before, _, _ = (saved[name] for name in ("args", "step", "sizes"))
+        longer = " epochs" * (args.epochs > before["epochs"])  # stretches the schedule
+    free = ("batch_size accum workers compile grad_checkpointing out resume save_every log_every "
+            "wandb" + longer).split()
+    changed = [f"{name} was {before.get(name)}, not {value}" for name, value in vars(args).items()
                if name not in free and before.get(name) != value]
     require(not changed, f"{'; '.join(changed)}: --resume with the settings of {path}, or start "
             "anew with another --out")
@@ -1262,12 +1228,9 @@ def read_run(args):
 def run(args):
     """One run, from its settings to the last checkpoint."""
     process = start_process(args.dtype)
-    if args.compile is None:
-        args.compile = process.device.type == "cuda"
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     saved = read_run(args)
-    done = saved["step"] if saved else 0
     if args.wandb and process.rank == 0:
         with explaining("--wandb: pip install wandb, and log in"):
             import wandb
@@ -1284,22 +1247,17 @@ def run(args):
             train_set, val_set = open_images(args, vit)
         all_ranks(process, None)
     sizes = [len(train_set), len(val_set)]
-    same = all(other == (done, sizes) for other in all_ranks(process, (done, sizes)))
+    step, before = (saved["step"], saved["sizes"]) if saved else (0, sizes)
+    same = all(other == (step, sizes) for other in all_ranks(process, (step, sizes)))
     require(same, f"not the same --data, or last.pt in {args.out}, for all processes: share them")
-    if saved:
-        with explaining(f"{args.out}/last.pt does not fit"):
-            require(saved["sizes"] == sizes, f"--data held {saved['sizes']} images, now {sizes}")
-            model.load_state_dict(saved.pop("model"))
-            teacher.scale.fill_(saved["scale"])
+    require(before == sizes, f"--data holds {sizes} images, and held {before} for {args.out}")
+    if process.rank == 0:
+        describe(args, process, vit, model, sizes, step)
+        if saved and saved["args"]["epochs"] < args.epochs:
+            print("schedule stretched from {} to {} epochs: the learning rate jumps to where a "
+                  "longer run would have it".format(saved["args"]["epochs"], args.epochs))
     with stopping(process.stop):
         try:
-            if not saved and args.loss == "mse":
-                measure_scale(teacher, val_set, args, process)
-            if process.rank == 0:
-                describe(args, process, vit, model, teacher, train_set, val_set, done)
-                if saved and saved["args"]["epochs"] < args.epochs:
-                    print(f"schedule stretched from {saved['args']['epochs']} to {args.epochs} "
-                          "epochs: the learning rate jumps to where a longer run would have it")
             val_loss = train(model, teacher, train_set, val_set, args, process, saved)
             text = f"done     validation loss {val_loss:.4f}; 1.0 is the mean predictor's, for mse"
         except Stopped as where:
@@ -1311,25 +1269,25 @@ def run(args):
         torch.distributed.destroy_process_group()
 
 
-def describe(args, process, vit, model, teacher, train_set, val_set, done):
+def describe(args, process, vit, model, sizes, step):
     """Prints what is going to happen, and with which weights: a bare timm name may hide others."""
-    name, tag = args.model.split(".")[0], vit.pretrained_cfg.get("tag") or "untagged"
+    tag = vit.pretrained_cfg.get("tag") or "untagged"
+    if "." not in args.model and re.search("_ft_|^v2|augreg2|metaclip|dfn", tag):
+        tag += " (a bare name: weights that are fine-tuned, or newer than the paper's)"
     weights = args.checkpoint or (tag if args.pretrained else "random weights")
-    if weights == tag and name == args.model and re.search("_ft_|^v2|augreg2|metaclip|dfn", tag):
-        weights += " (a bare name: weights that are fine-tuned, or newer than the paper's)"
     embed, window = vit.patch_embed, args.global_batch
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"model    {name}, {weights}; {trained:,} trained parameters\n"
+    print(f"model    {args.model}, {weights}; {trained:,} trained parameters\n"
           f"input    {embed.img_size} pixels, patches of {embed.patch_size}: N = "
-          f"{teacher.num_patches}, P = {vit.num_prefix_tokens} prefix tokens, "
+          f"{embed.num_patches}, P = {vit.num_prefix_tokens} prefix tokens, "
           f"K = {1 + args.complement + args.full} masks\n"
-          f"data     {args.data or 'built-in images, for trying things out'}: {len(train_set)} to "
-          f"train on, {len(val_set)} held out\n"
-          f"training {args.epochs} epochs of {math.ceil(len(train_set) / window)} steps, from step "
-          f"{done}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = {process.world} "
+          f"data     {args.data or 'built-in images, for trying things out'}: {sizes[0]} to train "
+          f"on, {sizes[1]} held out\n"
+          f"training {args.epochs} epochs of {math.ceil(sizes[0] / window)} steps, from step "
+          f"{step}, lr {args.lr:g} to {args.min_lr:g}, global batch {window} = {process.world} "
           f"processes x {args.batch_size} images x {args.accum}\n"
-          f"device   {process.device}, {process.dtype}; target scale s = {teacher.scale:.4f}"
-          f"{'; compiling, in the first step' if args.compile else ''}\n"
+          f"device   {process.device}, {process.dtype}"
+          f"{', compiled in the first step' * args.compile}\n"
           f"output   {args.out}")
 
 
