@@ -154,12 +154,12 @@ def _compile_blocks(model, *args, **options):
         block.compile(*args, **options)
 
 
-def _choose_attention(model, device):
+def _choose_attention(blocks, device):
     """timm's fused attention, but for bfloat16 on a CPU, where matrix products are faster."""
     fused = device.type != "cpu" or not torch.is_autocast_enabled("cpu")
-    for module in model.modules():
-        if getattr(module, "fused_attn", fused) != fused:
-            module.fused_attn = fused
+    for block in blocks:
+        if block.attn.fused_attn != fused:
+            block.attn.fused_attn = fused
 
 
 def _trunk(vit, prefix_only=False):
@@ -215,7 +215,7 @@ class Teacher(nn.Module):
     def tokens(self, images, masks):
         """f(m * x), all tokens, (B, K, T, D)."""
         _check_batch(images, masks, self.patch_embed)
-        _choose_attention(self, images.device)
+        _choose_attention(self.vit.blocks, images.device)
         # A patch embedding is a strided convolution, it sees one patch at a time: so embed every
         # image once and put a blank patch's embedding where m is 0. As mask_pixels does.
         embed = self.patch_embed
@@ -321,7 +321,7 @@ class MaskEmbed(nn.Module):
 
     def forward(self, images, masks):
         _check_batch(images, masks, self.encoder.patch_embed)
-        _choose_attention(self, images.device)
+        _choose_attention([*self.encoder.blocks, *self.decoder.blocks], images.device)
         tokens = self.encoder(images)  # (B, T, E), once for all masks
         return self.decoder(tokens, masks)[:, :, self.predicted]
 
