@@ -144,7 +144,7 @@ def _check_batch(images, masks, embed):
             f"of each, on {like.device}, not {tuple(images.shape)} {images.dtype} {images.device} "
             f"and {tuple(masks.shape)} {masks.dtype} {masks.device}")
     if masks.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait
-        require((masks == masks.bool()).all(), f"masks {tuple(masks.shape)} of more than 0 and 1")
+        require((masks == masks.bool()).all(), f"masks {tuple(masks.shape)} not of 0 and 1 alone")
 
 
 # ---- teacher -------------------------------------------------------------------------------------
