@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import Mixup, create_dataset, create_transform, resolve_model_data_config
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import Mlp, PatchEmbed, use_fused_attn
 from timm.models import Beit, Eva, VisionTransformer, checkpoint_seq
 from timm.models._hub import save_config_for_hf
 from timm.models.vision_transformer import Attention, Block
@@ -110,9 +110,10 @@ def _rectangles(batch_size, num_patches, keep, rand, count=32):
     index = torch.arange(num_patches, device=u.device)
     y, x = index // columns - top, index % columns - left  # (B, count, N): place in each rectangle
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    first = (~inside).cumprod(dim=1).sum(dim=1)  # (B, N): the turn that shows each patch
+    # Patches in the order in which they become visible; those of a turn, or of none, row by row.
+    first = (~inside).cumprod(dim=1).sum(dim=1)  # (B, N): the turn of each patch, else count
     scan = torch.where(rand(batch_size, 1) < 0.5, index, num_patches - 1 - index)  # or upwards
-    rank = (first * num_patches + scan).argsort(dim=1).argsort(dim=1)  # in order of appearance
+    rank = (first * num_patches + scan).argsort(dim=1).argsort(dim=1)
     return rank < math.ceil(largest - 1e-6)  # 1e-6: 0.7 * 10 is a little over 7
 
 
@@ -156,7 +157,7 @@ def _compile_blocks(model, *args, **options):
 
 def _choose_attention(blocks, device):
     """timm's fused attention, but for bfloat16 on a CPU, where matrix products are faster."""
-    fused = device.type != "cpu" or not torch.is_autocast_enabled("cpu")
+    fused = use_fused_attn() and (device.type != "cpu" or not torch.is_autocast_enabled("cpu"))
     for block in blocks:
         if block.attn.fused_attn != fused:
             block.attn.fused_attn = fused
@@ -181,10 +182,10 @@ def _trunk(vit, prefix_only=False):
 class Teacher(nn.Module):
     """f: the frozen ViT looks at masked images. teacher(images, masks) -> s f(m * x), (B, K, T, D).
 
-    vit: any timm VisionTransformer, Beit or Eva; it is copied, the copy has no gradients, stays in
-    eval mode and lacks the last `skip_blocks` blocks. prefix_only: (B, K, P, D), prefix tokens
-    alone. Buffer `scale`: s, 1 until somebody measures it. Raises ValueError for a model without
-    patch tokens (or prefix tokens, if asked for), skip_blocks out of range, shapes that do not fit.
+    vit: a plain timm VisionTransformer, Beit or Eva; it is copied, the copy has no gradients, stays
+    in eval mode and lacks the last `skip_blocks` blocks. prefix_only: (B, K, P, D), prefix tokens
+    alone. Buffer `scale`: s, 1 until somebody measures it. Raises ValueError for another model (or
+    one without prefix tokens, if asked for), skip_blocks out of range, shapes that do not fit.
     """
 
     def __init__(self, vit, skip_blocks=1, prefix_only=False):
@@ -273,7 +274,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, masks):
         visible = F.pad(masks, (self.num_prefix, 0)).to(tokens.dtype)[..., None]  # prefix: hidden
-        # (B, K, T, E): of a hidden one only its place is left
+        # (B, K, T, E): hidden tokens become pos_embed alone
         x = torch.addcmul(self.pos_embed, tokens[:, None], visible).flatten(0, 1)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.head(self.norm(x)).unflatten(0, masks.shape[:2])  # (B, K, T, D)
@@ -282,7 +283,7 @@ class Decoder(nn.Module):
 class MaskEmbed(nn.Module):
     """g and h, the trained part: model(images, masks) -> h(m * g(x)), (B, K, T, D).
 
-    vit: any timm VisionTransformer, Beit or Eva; a copy becomes `.encoder`, under timm's own keys
+    vit: a plain timm VisionTransformer, Beit or Eva; a copy becomes `.encoder`, under timm's keys
     plus `head.*`, with a fresh final norm and soft-capped attention (softcap=0: plain, the only
     choice for Beit and Eva). head: "linear" or "mlp", D -> decoder width, zero at the start.
     prefix_only: (B, K, P, D). Raises ValueError for arguments or shapes that do not fit.
@@ -410,7 +411,7 @@ def explaining(what):
 
 def find_images(folder):
     """Paths of all images in a folder and the folders in it, sorted, as an array of bytes, which
-    processes share as no list is shared. Loops of links do no harm."""
+    forked workers share as no list is shared. Loops of links do no harm."""
     files, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=skipped):
         folders.sort()
@@ -453,10 +454,10 @@ def seed_of(*key):
 
 
 class Images(torch.utils.data.Dataset):
-    """[epoch, i] -> (float (3, H, W), "", number tried, seconds), by (seed, epoch, i) alone.
+    """[epoch, i] (to validate on: [i]) -> (float (3, H, W), "", number tried, seconds).
 
-    read(indices[i]) is a PIL image. For one that cannot be read comes another, chosen by the same
-    rule, and the text says what was wrong. mix: timm's Mixup of each image with another, or None.
+    The same for the same seed and key. read(indices[i]) is a PIL image; for one that cannot be read
+    comes another, and the text says what was wrong. mix: timm's Mixup, each with another, or None.
     `spent` counts the images taken, the seconds that reading and that waiting for them took.
     """
 
@@ -502,12 +503,14 @@ def open_images(args, vit):
                 "tar, and of timm's data sets only torch/... and hfds/... can be indexed")
         timm.data.add_img_extensions((*IMG_EXTENSIONS, ".gif"))  # of a tar's members
         with explaining(f"--data {path}"):  # of an open tar file, no two workers could read
-            sets = [timm.data.ImageDataset(path, cache_tarfiles=False) if tar else create_dataset(
-                path, os.path.join(torch.hub.get_dir(), "datasets"), "train", download=True)]
+            sets = [timm.data.ImageDataset(path, cache_tarfiles=False, cache_tarinfo=False) if tar
+                    else create_dataset(path, f"{torch.hub.get_dir()}/datasets", "train",
+                                        download=True)]
     require(all(map(len, sets)), f"--data {path}: no images in it, or in its train/ or its val/")
     train, val, window = np.arange(len(sets[0])), np.arange(len(sets[-1])), args.global_batch
     if len(sets) == 1:
-        held_out = max(1, min(max(len(train) // 100, window), len(train) // 2, len(train) - window))
+        n, wanted = len(train), max(len(train) // 100, window)
+        held_out = max(1, min(wanted, n // 2, n - window))  # but leave a global batch to train on
         val = np.arange(held_out) * len(train) // held_out  # evenly spread
         train = np.delete(train, val)
     require(len(train) >= window, f"{len(train)} images to train on are fewer than a global batch, "
@@ -517,7 +520,7 @@ def open_images(args, vit):
         augment = transform(
             is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3),
             hflip=0.5, color_jitter=None, interpolation="random", auto_augment=args.auto_augment)
-    plain = transform(interpolation=config["interpolation"], crop_pct=config["crop_pct"])
+    plain = transform(**{name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")})
     mix = Mixup(args.mixup, args.cutmix, num_classes=1) if args.mixup or args.cutmix else None
     read, read_val = (functools.partial(read_image, data) for data in (sets[0], sets[-1]))
     return Images(read, train, augment, args.seed, mix), Images(read_val, val, plain, args.seed)
@@ -542,7 +545,7 @@ def load(data, order, key, num_patches, args, process, start=0):
     order: for each, from number `start` on, the places of its images. The masks of an update
     (`accum` micro-batches on all ranks) are drawn together, seeded by `key` and its number: it does
     not matter who computes what. Broken images are named, once; ValueError if most of them are.
-    To be closed after use: its workers ignore signals, and a program that has failed awaits them.
+    Close it after use: or a program that fails waits for ever for workers, which ignore signals.
     """
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=([(*key, int(i)) for i in places] for places in order),
@@ -633,7 +636,8 @@ def stopping(stop):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.ExitStack() as after:
         for number in (signal.SIGINT, signal.SIGTERM):
-            after.callback(signal.signal, number, signal.signal(number, handler))
+            before = signal.signal(number, handler)
+            after.callback(signal.signal, number, before)
         yield
 
 
@@ -668,8 +672,8 @@ def start_folder(args, saved=None):
     """Makes args.out ready: the settings, and the log as long as it was when `saved` was saved."""
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        for half in Path(args.out).rglob("*.tmp") if saved else ():  # a killed run has left it
-            half.unlink()
+        for name in ("last.pt", "best.pt", "encoder/model.safetensors", "encoder/config.json"):
+            Path(args.out, f"{name}.tmp").unlink(missing_ok=True)  # a killed run has left it
         write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
         with open(os.path.join(args.out, "log.jsonl"), "a") as log:
             log.truncate(min(saved["log"] if saved else 0, log.tell()))
@@ -708,7 +712,7 @@ def load_vit(name, pretrained=True, img_size=None, checkpoint=None):
             huggingface_hub.constants.HF_HUB_OFFLINE = True
     with explaining(f"cannot load {name}, pass --checkpoint FILE (or --no-pretrained, to try)"):
         vit = _trunk(timm.create_model(name, pretrained, num_classes=0, img_size=img_size))
-    with explaining(f"--img-size {img_size}"):  # not all can be divided into patches
+    with explaining(f"--img-size {img_size}"):  # less than a patch; or timm wants whole patches
         vit.patch_embed(torch.zeros(1, 3, *vit.patch_embed.img_size))
     if checkpoint:
         load_weights(vit, read_file(checkpoint), checkpoint)
@@ -774,7 +778,7 @@ def measure_scale(teacher, data, args, process):
 
 def update(model, teacher, batches, optimizer, scaler, args, process):
     """One optimizer step over `accum` micro-batches (images, masks) -> this process's mean loss,
-    left on the device; nan where it is not finite, -inf where only the shared gradient is not."""
+    left on the device; not finite where it is not, -inf where only the shared gradient is not."""
     total = torch.zeros((), device=process.device)
     for micro, (images, masks) in enumerate(batches):
         # Processes average their gradients once, during the backward pass of the last micro-batch.
@@ -905,7 +909,8 @@ def mean_losses(losses, step, process):
     """
     ranks = all_ranks(process, [float(loss) for loss in losses])
     for number, of_ranks in enumerate(zip(*ranks), step - len(losses) + 1):
-        rank = next((rank for rank, loss in enumerate(of_ranks) if math.isnan(loss)), "all")
+        own = [rank for rank, loss in enumerate(of_ranks) if loss != loss or loss == math.inf]
+        rank = min(own, default="all")  # -inf: it came from another, with the shared gradient
         require(all(map(math.isfinite, of_ranks)), f"step {number}, rank {rank}: the loss or its "
                 "gradient is not finite; try a lower --lr; the last checkpoint is from before")
     return [sum(of_ranks) / process.world for of_ranks in zip(*ranks)]
@@ -1052,7 +1057,7 @@ def demo(args):
     process = Process(0, 1, torch.device("cpu"), torch.float32, contextlib.nullcontext, [])
     steps, many = args.demo, min(2000, 8 * args.demo)  # images to fit the probes, images to test
     torch.manual_seed(args.seed)
-    taken = Path(args.out, "args.json").exists()  # a demo writes this further down
+    taken = Path(args.out, "args.json").exists()  # a demo's are in its subfolders
     require(not taken, f"{args.out} holds a run: choose another --out")
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
@@ -1091,7 +1096,7 @@ def demo(args):
                  f"--no-compile --seed {args.seed} {flags}")
         settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
         torch.manual_seed(args.seed)  # both begin with the same decoder
-        teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit)
+        teacher, model = Teacher(vit, settings.skip_blocks), MaskEmbed(vit)
         sets = [Images(x.__getitem__, range(len(x)), nn.Identity())
                 for x in (train_images, fit[:256])]
         train(model, teacher, *sets, settings, process)
@@ -1128,7 +1133,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)  # raises InputError(message), no usage lines
     yes_no, dtypes = argparse.BooleanOptionalAction, ["auto", "bfloat16", "float16", "float32"]
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm ViT")
     g.add_argument("--pretrained", action=yes_no, default=True, help="weights from the model hub")
@@ -1148,9 +1153,11 @@ def parse_args(argv=None):
     g.add_argument("--full", action=yes_no, default=True, help="use the full mask as well")
     g.add_argument("--loss", default="mse", choices=LOSSES, help="masked: mse on hidden patches")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="PATH", help="folder, tar, torch/... or hfds/...")
+    g.add_argument("--data", metavar="PATH", help="folder, tar, torch/... or hfds/...; built-in "
+                   "images if left out")
     g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
-    g.add_argument("--workers", type=int, default=max(1, min(32, cores)),
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    g.add_argument("--workers", type=int, default=max(1, min(32, share)),
                    help="that read images, per process; its share of the cores, at most 32")
     g.add_argument("--auto-augment", metavar="POLICY", help="timm's, e.g. rand-m9-mstd0.5-inc1")
     g.add_argument("--mixup", type=float, default=0.0, help="alpha, 0 = off")
@@ -1228,6 +1235,7 @@ def read_run(args):
 def run(args):
     """One run, from its settings to the last checkpoint."""
     process = start_process(args.dtype)
+    args.dtype = str(process.dtype).split(".")[1]  # what "auto" means here: --resume compares it
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     saved = read_run(args)

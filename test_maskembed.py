@@ -403,7 +403,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(world, workers, accum, dt
         codes, text = run("--out", killed, fault=fault)
         assert codes[0] == -signal.SIGKILL and 0 not in codes, text
     assert 6 <= last(killed)["step"] < 14
-    (killed / "encoder" / "any.tmp").write_bytes(b"half")
+    (killed / "encoder" / "config.json.tmp").write_bytes(b"half")
     with open(killed / "log.jsonl", "a") as file:
         file.write('{"step": 6, "los')
     run("--out", killed)
