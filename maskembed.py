@@ -514,7 +514,7 @@ def open_images(args, vit):
         val = np.arange(held_out) * len(train) // held_out  # evenly spread
         train = np.delete(train, val)
     require(len(train) >= window, f"{len(train)} images to train on are fewer than a global batch, "
-            f"{window} (processes x --batch-size x --accum)")
+            f"{window} (processes x --batch-size x --accum): lower --batch-size")
     transform = functools.partial(create_transform, size, mean=config["mean"], std=config["std"])
     with explaining(f"--auto-augment {args.auto_augment}"):
         augment = transform(
@@ -1250,8 +1250,9 @@ def run(args):
     if args.freeze_encoder:  # all but its new norm and head
         for name, parameter in model.encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("norm.", "fc_norm.", "head.")))
-    for turn in (0, 1):  # the first process alone downloads, if anything is to be downloaded
-        if turn == min(process.rank, 1):
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    for turn in range(3):  # a data set is downloaded once, then once on every node, then found
+        if turn == min(process.rank, 1 + (local_rank > 0)):
             train_set, val_set = open_images(args, vit)
         all_ranks(process, None)
     sizes = [len(train_set), len(val_set)]
@@ -1307,6 +1308,8 @@ def main(argv=None):
     except InputError as error:  # one from a worker begins with the worker's traceback
         print(f"maskembed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # where nothing is trained: in the demo, or before the first step
+        sys.exit("maskembed: interrupted")
 
 
 if __name__ == "__main__":
