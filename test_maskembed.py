@@ -403,7 +403,6 @@ def test_an_interrupted_run_ends_like_one_that_was_not(world, workers, accum, dt
         codes, text = run("--out", killed, fault=fault)
         assert codes[0] == -signal.SIGKILL and 0 not in codes, text
     assert 6 <= last(killed)["step"] < 14
-    (killed / "encoder" / "config.json.tmp").write_bytes(b"half")
     with open(killed / "log.jsonl", "a") as file:
         file.write('{"step": 6, "los')
     run("--out", killed)
@@ -424,7 +423,7 @@ def test_one_process_equals_two(photos, tmp_path):
             for name, x in saved["model"].items():  # gradient, which is rounding, by its own size
                 x.view(3, -1)[1].zero_() if name.endswith("qkv.bias") else None
         torch.testing.assert_close(state["model"], first["model"], rtol=0, atol=1e-6)
-        assert state["scale"] == pytest.approx(first["scale"], rel=1e-6)
+        assert 1 != state["scale"] == pytest.approx(first["scale"], rel=1e-6)
         for one, two in zip(log(tmp_path / "1 8"), log(out), strict=True):
             assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
 
@@ -499,7 +498,9 @@ def test_resume_refuses_what_does_not_fit(tmp_path, capsys, monkeypatch):
         capsys, *words, "--lr", 1, "--min-lr", 1e-4, "--accum", 2)
     assert "epochs was 2, not 1" in refusal(capsys, *words, "--epochs", 1)
     free = "--accum 2 --batch-size 4 --workers 1 --save-every 3 --log-every 3 --no-compile"
+    Path("last.pt.tmp").write_bytes(b"half")
     maskembed.main(small(*words, *free.split()))  # may change; the run is over, nothing happens
+    assert not Path("last.pt.tmp").exists()  # but that what a killed run left is gone
     assert log(tmp_path)[:-1] == entries[:-1] and last(tmp_path)["step"] == 8
     maskembed.main(small(*words, "--epochs", 3))
     assert "stretched from 2 to 3 epochs" in capsys.readouterr().out
@@ -511,6 +512,9 @@ def test_resume_refuses_what_does_not_fit(tmp_path, capsys, monkeypatch):
         assert re.search("last.pt( does not fit| is not from a run|:)",
                          refusal(capsys, *words, "--epochs", 3)), bad
     assert not Path("evil").exists() and log(tmp_path) == stretched
+    for name in ("args.json", "log.jsonl"):
+        (tmp_path / name).unlink()
+    assert "--resume" in refusal(capsys, "--out", tmp_path)  # there still is last.pt
 
 
 @pytest.mark.parametrize("model, softcap, frozen", [
@@ -660,12 +664,17 @@ def test_data_layouts_and_options(tmp_path):
             assert torch.equal(image, data[0, 0][0])  # every time
         assert not torch.equal(train[0, 0][0], train[1, 0][0])
     for i, more in enumerate((
-            "--mask-kind blockwise --keep 0.4 --no-complement --no-full --loss l1",
+            "--mask-kind blockwise --keep 0.4 --no-complement --no-full --loss l1 --dtype auto",
             "--prefix-only --skip-blocks 0 --loss masked --cutmix 1 --head mlp --decoder-width 32",
             "--mixup 0.5 --auto-augment rand-m9-mstd0.5-inc1 --dtype bfloat16")):
         out = tmp_path / str(i)
         maskembed.main(small("--data", split, "--out", out, *more.split()))
         assert all(math.isfinite(e.get("loss", 0)) for e in log(out)) and last(out)["step"] == 8
+        assert last(out)["args"]["dtype"] in ("float32", "bfloat16", "float16")
+    maskembed.Letters(50)[40][0].save(split / "train" / "new.png")
+    with pytest.raises(ValueError, match=r"holds \[31, 9\] images, and held \[30, 9\]"):
+        maskembed.run(maskembed.parse_args(
+            small("--data", split, "--out", out, *more.split(), "--resume")))
     for path in sorted((split / "train").iterdir())[:20]:
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="images are broken"):
@@ -699,6 +708,15 @@ def test_masks_depend_on_seed_epoch_and_step():
                        for _ in range(2))
         assert torch.equal(masks, same) and not any(torch.equal(masks, m) for m in drawn)
         drawn.append(masks)
+
+
+def test_measured_scale():
+    args, vit = maskembed.parse_args(small()), timm.create_model("test_vit", img_size=32)
+    vit.norm.bias.data += 1  # a mean that counts
+    val, teacher = maskembed.open_images(args, vit)[1], Teacher(vit)
+    maskembed.measure_scale(teacher, val, args, CPU)
+    images, masks = next(maskembed.load(val, [range(len(val))], (), 4, args, CPU))
+    assert teacher(images, masks).std(correction=0).item() == pytest.approx(1, rel=1e-4)
 
 
 def test_learning_rate():
