@@ -1153,7 +1153,7 @@ def parse_args(argv=None):
     g.add_argument("--full", action=yes_no, default=True, help="use the full mask as well")
     g.add_argument("--loss", default="mse", choices=LOSSES, help="masked: mse on hidden patches")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="PATH", help="folder, tar, torch/..., hfds/...; none: built-in")
+    g.add_argument("--data", metavar="PATH", help="folder, tar, torch/..., hfds/...; or built-in")
     g.add_argument("--num-images", type=int, default=2000, help="number of built-in images")
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     g.add_argument("--workers", type=int, default=max(1, min(32, share)),
