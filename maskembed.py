@@ -495,7 +495,7 @@ def open_images(args, vit):
     if path is None:
         sets = [Letters(args.num_images, max(size), args.seed)]
     elif os.path.isdir(path):
-        splits = [os.path.join(path, split) for split in ("train", "val")]
+        splits = [f"{path}/train", f"{path}/val"]
         sets = list(map(find_images, splits if all(map(os.path.isdir, splits)) else [path]))
     else:
         tar = os.path.isfile(path) and path.endswith(".tar")
@@ -511,7 +511,7 @@ def open_images(args, vit):
     if len(sets) == 1:
         n, wanted = len(train), max(len(train) // 100, window)
         held_out = max(1, min(wanted, n // 2, n - window))  # but leave a global batch to train on
-        val = np.arange(held_out) * len(train) // held_out  # evenly spread
+        val = np.arange(held_out) * n // held_out  # evenly spread
         train = np.delete(train, val)
     require(len(train) >= window, f"{len(train)} images to train on are fewer than a global batch, "
             f"{window} (processes x --batch-size x --accum): lower --batch-size")
@@ -674,8 +674,8 @@ def start_folder(args, saved=None):
         os.makedirs(args.out, exist_ok=True)
         for name in ("last.pt", "best.pt", "encoder/model.safetensors", "encoder/config.json"):
             Path(args.out, f"{name}.tmp").unlink(missing_ok=True)  # a killed run has left it
-        write_file(os.path.join(args.out, "args.json"), json.dumps(vars(args), indent=1).encode())
-        with open(os.path.join(args.out, "log.jsonl"), "a") as log:
+        write_file(f"{args.out}/args.json", json.dumps(vars(args), indent=1).encode())
+        with open(f"{args.out}/log.jsonl", "a") as log:
             log.truncate(min(saved["log"] if saved else 0, log.tell()))
 
 
@@ -772,8 +772,6 @@ def measure_scale(teacher, data, args, process):
         return [target.mean(), target.square().mean()]
     mean, square = evaluate(moments, data, teacher.num_patches, args, process)
     teacher.scale.fill_((square - mean ** 2) ** -0.5)
-    if process.rank == 0:
-        print(f"scale    s = {teacher.scale:.4f}, of the targets")
 
 
 def update(model, teacher, batches, optimizer, scaler, args, process):
@@ -874,6 +872,8 @@ def prepare(model, teacher, val_set, args, process, saved):
             teacher.scale.fill_(saved["scale"])
     elif args.loss == "mse":
         measure_scale(teacher, val_set, args, process)
+    if process.rank == 0:
+        print(f"scale    s = {teacher.scale:.4f}, of the targets")
     embed = teacher.patch_embed
     image = torch.zeros(1, embed.proj.in_channels, *embed.img_size, device=process.device)
     masks = image.new_ones(1, 1 + args.complement + args.full, teacher.num_patches)
@@ -1061,7 +1061,7 @@ def demo(args):
     require(not taken, f"{args.out} holds a run: choose another --out")
     with explaining(f"cannot write to --out {args.out}"):
         os.makedirs(args.out, exist_ok=True)
-        write_file(os.path.join(args.out, "log.jsonl"), b"")
+        write_file(f"{args.out}/log.jsonl", b"")
     letters = Letters(32 * steps + 2 * many, seed=args.seed)
     images = torch.empty(len(letters), 3, 48, 48)  # filled in place: a list would double it
     inks = torch.empty(len(letters), 48, 48, dtype=torch.uint8)
@@ -1094,7 +1094,7 @@ def demo(args):
     def aligned(name, flags=""):
         words = ("--model demo --skip-blocks 0 --epochs 2 --batch-size 64 --lr 2e-3 --workers 0 "
                  f"--no-compile --seed {args.seed} {flags}")
-        settings = parse_args([*words.split(), "--out", os.path.join(args.out, name)])
+        settings = parse_args([*words.split(), "--out", f"{args.out}/{name}"])
         torch.manual_seed(args.seed)  # both begin with the same decoder
         teacher, model = Teacher(vit, settings.skip_blocks), MaskEmbed(vit)
         sets = [Images(x.__getitem__, range(len(x)), nn.Identity())
@@ -1197,7 +1197,7 @@ def checked(args):
         args.data = os.path.abspath(args.data)
     args.min_lr = args.lr / 10 if args.min_lr is None else args.min_lr
     args.out = args.out or os.path.join("output", "demo" if args.demo else args.model)
-    from_0 = ("skip_blocks", "workers", "warmup_epochs", "seed")
+    from_0 = ("skip_blocks", "workers", "warmup_epochs", "seed")  # other whole numbers: from 1
     for name, value in vars(args).items():
         low = int(type(value) is int and name not in from_0)
         high = 1 if name == "keep" else 2 ** 31
@@ -1213,14 +1213,14 @@ def checked(args):
 def read_run(args):
     """The dict in args.out/last.pt, or None where there is none. ValueError where there is a run
     but no --resume, or where a setting differs that matters."""
-    path = os.path.join(args.out, "last.pt")
+    path = f"{args.out}/last.pt"
     held = any(Path(args.out, name).exists() for name in ("args.json", "log.jsonl", "last.pt"))
     require(args.resume or not held, f"{args.out} holds a run: pass --resume or another --out")
     if not os.path.exists(path):
         return None
     saved = read_file(path)
     with explaining(f"{path} is not from a run"):
-        before, _, _ = (saved[name] for name in ("args", "step", "sizes"))
+        before, _, _ = (saved[name] for name in ("args", "step", "sizes"))  # all must be there
         longer = " epochs" * (args.epochs > before["epochs"])  # stretches the schedule
     free = ("batch_size accum workers compile grad_checkpointing out resume save_every log_every "
             "wandb" + longer).split()

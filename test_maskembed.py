@@ -151,7 +151,9 @@ def test_gradient_flow(name, head):
     assert not target.requires_grad and not any(m.training for m in teacher.modules())
     model = MaskEmbed(vit, 0 if name in ("beit", "eva") else 30, head, decoder_width=16,
                       prefix_only=prefix_only)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer, calls = torch.optim.SGD(model.parameters(), 0.1), []
+    for blocks in (model.encoder.blocks, model.decoder.blocks):
+        blocks[0].register_forward_pre_hook(lambda *_: calls.append("computed"))
     for step in range(3):
         gradients = []
         for checkpointing in (True, False):  # changes nothing but memory
@@ -159,6 +161,8 @@ def test_gradient_flow(name, head):
             optimizer.zero_grad()
             prediction = model(images, masks)
             reconstruction_loss(prediction, target, masks).backward()
+            assert len(calls) == (4 if checkpointing else 2)  # twice each, or once
+            calls.clear()
             gradients.append({name: p.grad for name, p in model.named_parameters()})
         torch.testing.assert_close(*gradients)
         assert all(gradient is not None for gradient in gradients[0].values())
@@ -692,8 +696,11 @@ def test_accumulation_is_the_mean():
         model, words = MaskEmbed(vit), small("--accum", accum, "--clip-grad", 0)
         sgd = torch.optim.SGD(fill(model, 1).parameters(), 0.1)
         batches = zip(images.chunk(accum), masks.chunk(accum))
+        alone = []  # micro-batches whose gradients are not averaged over processes: all but one
+        model.no_sync = lambda: contextlib.nullcontext(alone.append(1))
         mean = maskembed.update(model, teacher, batches, sgd, scaler,
-                                maskembed.parse_args(words), CPU)
+                                maskembed.parse_args(words), CPU._replace(world=2))
+        assert len(alone) == accum - 1
         torch.testing.assert_close(mean, loss.detach())
         for p, before in zip(model.parameters(), whole.parameters()):
             torch.testing.assert_close(p, before - 0.1 * before.grad, rtol=1e-4, atol=1e-6)
