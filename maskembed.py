@@ -407,7 +407,7 @@ COLOURS = torch.tensor([[30, 30, 30], [230, 25, 75], [60, 180, 75], [255, 225, 2
 def probe(vit, block, images, labels):
     """Reads the labels (n, N) of patches from their embeddings after a block, by least squares.
     Fits on one half of the images -> labels read in the other half, mean IoU of the letters."""
-    tokens, = vit.forward_intermediates(images, [block], output_fmt="NLC", intermediates_only=True)
+    tokens, = vit.get_intermediate_layers(images, [block], norm=True)  # of patches, (n, N, D)
     tokens = (tokens - tokens.mean((0, 1))) / tokens.std((0, 1))
     known, new = F.pad(tokens, (0, 1), value=1.0).chunk(2)  # (n / 2, N, D + 1), 1 for the bias
     one_hot, truth = F.one_hot(labels, len(LETTERS)).chunk(2)  # (n / 2, N, classes)
