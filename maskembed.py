@@ -14,16 +14,16 @@ To succeed for every mask, each patch embedding must carry what its own patch co
     paper  in this file       shape
     x      images             (B, C, H, W)   B images of C channels, H x W pixels
     m      masks              (B, K, N)      K masks for each image, N patches; 1 = visible
-    f      Teacher            (B, K, T, D)   T = P + N tokens of D channels: first the P prefix
-    g      MaskEmbed.encoder  (B, T, D)      tokens (class token, registers), then the N patches
+    f      Teacher            (B, K, T, D)   T = P + N tokens of D channels: prefix, then patches
+    g      MaskEmbed.encoder  (B, T, D)      P prefix tokens: the class token, registers
     h      MaskEmbed.decoder  (B, K, T, D)
-    s      Teacher.scale      one number     makes the standard deviation of all targets 1
+    s      Teacher.scale      one number     1 / standard deviation of all targets f(m * x)
 
     python maskembed.py --demo                                              # a laptop, 2 minutes
     python maskembed.py --data DIR --batch-size 32 --accum 32               # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128    # eight GPUs
 """
-import argparse, copy, functools, json, math, os, random, sys
+import argparse, copy, json, math, os, random, sys
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None
 
 def mask_pixels(images, masks, patch_size):
     """m * x: images (B, C, H, W), normalised, and masks (B, K, N) -> (B, K, C, H, W).
-    Hidden patches become 0, the mean colour. Raises RuntimeError if N is not the images' grid."""
+    Hidden patches become 0, the mean colour. Raises RuntimeError if N does not fit the images."""
     height, width = images.shape[2:]
     grid = masks.unflatten(2, (height // patch_size, width // patch_size))  # (B, K, rows, columns)
     pixels = F.interpolate(grid, scale_factor=patch_size)  # each mask value fills its patch
@@ -64,7 +64,8 @@ def mask_pixels(images, masks, patch_size):
 
 # ---- teacher, encoder, decoder -------------------------------------------------------------------
 def without_head(vit):
-    """Copies a ViT without pooling and head: it returns all tokens (B, T, D). Or ValueError."""
+    """Copies a ViT without pooling and head -> it returns all tokens, (B, T, D).
+    Raises ValueError if it has parts that SoftcapAttention and Decoder do not reproduce."""
     plain = (type(vit) is VisionTransformer and isinstance(vit.norm, nn.LayerNorm)
              and type(vit.patch_embed) is PatchEmbed and len({*vit.patch_embed.patch_size}) == 1
              and type(vit.blocks[0]) is Block and type(vit.blocks[0].attn) is Attention
@@ -129,9 +130,9 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*[
             Block(dim, attn.num_heads, qkv_bias=attn.qkv.bias is not None,
                   qk_norm=not isinstance(attn.q_norm, nn.Identity), norm_layer=nn.LayerNorm,
-                  act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # LayerScale
+                  act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # near identity
             for _ in range(num_layers)])
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim)  # eps 1e-5 here and below, whatever vit's
         self.head = nn.Linear(dim, dim)
 
     def forward(self, tokens, masks):
@@ -267,8 +268,8 @@ class MaskedImages(Dataset):
 
 def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, seed=0, start=0):
     """Yields this process's micro-batches, lists of (epoch, i), from update number `start` on.
-    An update is the same accum * world * batch_size images, however split. Each epoch has an order
-    of its own, and leaves out the images at its end that are too few for an update."""
+    The images of an update do not depend on how accum * world * batch_size is split. Each epoch
+    has an order of its own. Images left at its end, too few for an update, are left out."""
     per_update = accum * world * batch_size
     per_epoch = num_images // per_update
     for epoch in range(start // per_epoch, epochs):
@@ -294,7 +295,7 @@ def evaluate(model, teacher, loader, kind="mse", dtype=torch.float32):
     """Over the images of all processes -> {"val_loss": mean loss, "target_std": standard deviation
     of the targets, over images, masks, tokens and channels together}."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # of images: number, loss, target, squared target
+    sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, squared target
     model.eval()
     for images, masks in loader:
         images, masks = images.to(device), masks.to(device)
@@ -310,10 +311,10 @@ def evaluate(model, teacher, loader, kind="mse", dtype=torch.float32):
 
 
 def train(model, teacher, train_set, val_set, args, saved=None):
-    """The whole run, from the beginning or from `saved`, the content of last.pt.
-    Raises FloatingPointError, and saves nothing more, if a loss or its gradient is not finite."""
+    """The whole run, from the start or from `saved`, a last.pt. args: the flags and what `prepare`
+    adds. Raises FloatingPointError before a loss or gradient that is not finite is saved."""
     device, dtype = teacher.scale.device, getattr(torch, args.dtype)
-    val_keys = [(0, i) for i in range(args.rank, len(val_set), args.world)]
+    val_keys = [(0, i) for i in range(args.rank, len(val_set), args.world)]  # 0: the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = 0
@@ -323,9 +324,10 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         optimizer.load_state_dict(saved.pop("optimizer"))
         teacher.scale.fill_(saved["scale"])
     elif args.loss == "mse":
+        # Then a loss of 1 is that of a constant, the overall mean of the targets.
         teacher.scale /= evaluate(model, teacher, val_loader, args.loss, dtype)["target_std"]
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 64  # modes and batch sizes of all kinds of blocks
+        torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, modes, batch sizes
         for block in [*teacher.vit.blocks, *model.encoder.blocks, *model.decoder.blocks]:
             block.compile(dynamic=False)
     log(args, step=start, scale=teacher.scale.item(),
@@ -343,7 +345,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         mean_loss = torch.zeros((), device=device)  # over micro-batches
         for micro in range(args.accum):
             images, masks = [x.to(device, non_blocking=True) for x in next(batches)]
-            parallel.require_backward_grad_sync = micro == args.accum - 1  # one all-reduce a step
+            parallel.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = maskembed_loss(parallel, teacher, images, masks, args.loss) / args.accum
             loss.backward()
@@ -355,15 +357,15 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         if step % args.log_every == 0 or step % args.save_every == 0 or ends_epoch:
             if args.world > 1:
                 torch.distributed.all_reduce(mean_loss)  # the sum
-            loss = mean_loss.item() / args.world  # only here the program waits for the device
+            loss = mean_loss.item() / args.world  # other updates do not wait for the device
             if not math.isfinite(loss) or not gradient_norm.isfinite():
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {gradient_norm}")
             log(args, step=step, loss=loss, lr=lr)
         if args.rank == 0 and (step % args.save_every == 0 or ends_epoch):
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          scale=teacher.scale.item(), settings=vars(args))
-            torch.save(state, f"{args.out}/last.pt.tmp")  # a run that is killed while it saves
-            os.replace(f"{args.out}/last.pt.tmp", f"{args.out}/last.pt")  # keeps the old last.pt
+            torch.save(state, f"{args.out}/last.pt.tmp")
+            os.replace(f"{args.out}/last.pt.tmp", f"{args.out}/last.pt")  # never half written
         if ends_epoch:
             log(args, step=step, **evaluate(model, teacher, val_loader, args.loss, dtype))
 
@@ -379,11 +381,11 @@ def log(args, **entry):
 
 def export(encoder, folder):
     """Writes the aligned ViT without its head for timm.create_model("local-dir:FOLDER").
-    That one lacks the soft cap, and may have another epsilon in its last norm."""
+    The model loaded so lacks the soft cap, and may have another epsilon in its last norm."""
     vit = copy.deepcopy(encoder)
     vit.head = nn.Identity()
-    shape = {"img_size": list(vit.patch_embed.img_size), "global_pool": ""}
-    timm.models.save_for_hf(vit, folder, safe_serialization=True, model_args=shape)
+    model_args = {"img_size": list(vit.patch_embed.img_size), "global_pool": ""}
+    timm.models.save_for_hf(vit, folder, safe_serialization=True, model_args=model_args)
 
 
 def load_aligned(path):
@@ -405,26 +407,26 @@ COLOURS = torch.tensor([[30, 30, 30], [230, 25, 75], [60, 180, 75], [255, 225, 2
 
 @torch.no_grad()
 def probe(vit, block, images, labels):
-    """Reads the labels (n, N) of patches from their embeddings after a block, by least squares.
+    """Predicts the labels (n, N) of patches from their embeddings after a block, by least squares.
     Fits on one half of the images -> labels read in the other half, mean IoU of the letters."""
     tokens, = vit.get_intermediate_layers(images, [block], norm=True)  # of patches, (n, N, D)
     tokens = (tokens - tokens.mean((0, 1))) / tokens.std((0, 1))
-    known, new = F.pad(tokens, (0, 1), value=1.0).chunk(2)  # (n / 2, N, D + 1), 1 for the bias
-    one_hot, truth = F.one_hot(labels, len(LETTERS)).chunk(2)  # (n / 2, N, classes)
-    weights = torch.linalg.lstsq(known.flatten(0, 1), one_hot.flatten(0, 1).float()).solution
-    read = (new @ weights).argmax(dim=2)
-    said = F.one_hot(read, len(LETTERS))
-    iou = (said & truth).sum((0, 1)) / (said | truth).sum((0, 1)).clamp(min=1)
+    fit_x, test_x = F.pad(tokens, (0, 1), value=1.0).chunk(2)  # (n / 2, N, D + 1), 1 for the bias
+    fit_y, test_y = F.one_hot(labels, len(LETTERS)).chunk(2)  # (n / 2, N, classes)
+    weights = torch.linalg.lstsq(fit_x.flatten(0, 1), fit_y.flatten(0, 1).float()).solution
+    read = (test_x @ weights).argmax(dim=2)
+    read_y = F.one_hot(read, len(LETTERS))
+    iou = (read_y & test_y).sum((0, 1)) / (read_y | test_y).sum((0, 1)).clamp(min=1)
     return read, iou[1:].mean().item()
 
 
 def demo(args):
-    """A small ViT learns which letters pictures hold. Aligned, its patches say where. CPU only."""
+    """A small ViT learns which letters pictures hold. After alignment its patches say where."""
     print("the demo obeys --num-masks --keep --loss --softcap --seed --out and ignores other flags")
     torch.manual_seed(args.seed)
     pictures, contents = draw_letters(16 * args.demo + 2000, seed=args.seed)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, 48, 48)
-    labels = torch.from_numpy(contents.repeat(2, 1).repeat(2, 2)).flatten(1)  # (n, 6 x 6 patches)
+    labels = torch.from_numpy(contents.repeat(2, axis=1).repeat(2, axis=2)).flatten(1)  # (n, 36)
     images, test_images, test_labels = images[:-2000], images[-2000:], labels[-2000:]
     present = F.one_hot(labels, len(LETTERS)).amax(1)[:, 1:].float()  # (n, 8): which, but not where
     vit = VisionTransformer(48, 8, num_classes=8, embed_dim=64, depth=3, num_heads=2)
@@ -438,8 +440,8 @@ def demo(args):
     vit.eval()
     encoders = {f"teacher, block {block + 1}": (vit, block) for block in range(3)}
     for name, num_masks, keep in (("control", 1, 1.0), ("aligned", args.num_masks, args.keep)):
-        teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit, args.softcap)
-        teacher.scale /= teacher(test_images[:500], sample_masks(500, 36)).std()
+        teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit, args.softcap)  # 3 blocks: few
+        teacher.scale /= teacher(test_images[:500], sample_masks(500, 36, num_masks, keep)).std()
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
         for step in tqdm(range(args.demo), name):
             optimizer.param_groups[0]["lr"] = learning_rate(step, args.demo, warmup=0, peak=4e-3)
@@ -457,14 +459,14 @@ def demo(args):
         print(f"{ious[name]:8.3f}  {name}")
     best = max(list(ious)[:3], key=ious.get)
     print(f"{ious['aligned'] - ious[best]:+8.3f}  gain over the teacher's best block")
-    print(f"{ious['aligned'] - ious['control']:+8.3f}  gain over the control, of full masks alone")
-    shown = test_images[1000:1008] / 2 + 0.5
-    rows = [shown, mask_pixels(shown, sample_masks(8, 36, 1), 8)[:, 0]]
+    print(f"{ious['aligned'] - ious['control']:+8.3f}  gain over the control (full masks only)")
+    shown = test_images[1000:1008]
+    rows = [shown / 2 + 0.5, mask_pixels(shown, sample_masks(8, 36, 1), 8)[:, 0] / 2 + 0.5]
     for classes in (test_labels[1000:], reads[best], reads["aligned"]):
         rows.append(COLOURS[classes[:8]].view(8, 6, 6, 3).permute(0, 3, 1, 2))  # (8, 3, 6, 6)
     tiles = torch.cat([F.interpolate(row, 96) for row in rows])  # 8 to a row
     torchvision.utils.save_image(tiles, f"{args.out}/demo.png", padding=4, pad_value=1.0)
-    print(f"{args.out}/demo.png: pictures, masked, true letters, teacher's reading, aligned's")
+    print(f"{args.out}/demo.png: pictures, masked, true letters, read from teacher, from aligned")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -473,7 +475,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag, yes_no = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="a ViT of timm's")
+    flag("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="a timm ViT")
     flag("--pretrained", action=yes_no, default=True, help="weights from the hub, else random ones")
     flag("--checkpoint", metavar="FILE", help="weights from this file instead")
     flag("--img-size", type=int, help="side in pixels (None: the model's own)")
@@ -487,7 +489,7 @@ def parse_args(argv=None):
     flag("--epochs", type=int, default=5, help="passes over the images")
     flag("--warmup-epochs", type=int, default=0, help="epochs in which the learning rate rises")
     flag("--batch-size", type=int, default=32, help="images per process and micro-batch")
-    flag("--accum", type=int, default=1, help="micro-batches per update")
+    flag("--accum", type=int, default=1, help="micro-batches per update (paper: 1024 images)")
     flag("--lr", type=float, default=3e-4, help="highest learning rate; the lowest is a tenth")
     flag("--seed", type=int, default=0, help="of random weights, order, masks, augmentation")
     flag("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],
@@ -495,14 +497,14 @@ def parse_args(argv=None):
     flag("--compile", action=yes_no, default=False, help="torch.compile, block by block")
     flag("--out", metavar="DIR", help="folder for the results (None: output/MODEL)")
     flag("--resume", action=yes_no, default=False, help="go on from last.pt in --out, if it exists")
-    flag("--save-every", type=int, default=1000, help="updates; also after each epoch")
-    flag("--log-every", type=int, default=20, help="updates")
+    flag("--save-every", type=int, default=1000, help="updates between saves; also each epoch")
+    flag("--log-every", type=int, default=20, help="updates between log entries")
     flag("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the idea in two minutes")
     args = parser.parse_args(argv)
     lowest = dict(img_size=32, epochs=1, batch_size=1, accum=1, save_every=1, log_every=1, demo=1,
                   workers=0, warmup_epochs=0, softcap=0, lr=0, keep=0, seed=0)
     for name, low in lowest.items():
-        value, high = getattr(args, name), 1 if name == "keep" else 2**31
+        value, high = getattr(args, name), (1 if name == "keep" else 2**31)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not in {low} to {high}")
     if args.demo and "RANK" in os.environ:
@@ -538,14 +540,14 @@ def load_saved(args):
     saved = torch.load(path, map_location="cpu", weights_only=True)
     for name in ("model", "pretrained", "img_size", "softcap", "skip_blocks", "num_masks", "keep",
                  "loss", "epochs", "warmup_epochs", "lr", "seed", "dtype", "num_images",
-                 "images_per_update"):
+                 "images_per_update", "checkpoint"):
         if saved["settings"][name] != getattr(args, name):
             raise ValueError(f"cannot resume {path}: its {name} was {saved['settings'][name]}")
     return saved
 
 
 def prepare(args):
-    """What `train` takes, from the settings. Raises ValueError or OSError if they do not fit."""
+    """The arguments of `train`, from the settings. ValueError or OSError if they do not fit."""
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend, dtype = torch.device("cpu"), "gloo", "float32"
     if torch.cuda.is_available():
@@ -579,7 +581,7 @@ def prepare(args):
     if args.num_images < args.images_per_update:
         raise ValueError(f"{args.num_images} images are too few for updates of "
                          f"{args.images_per_update}: lower --batch-size or --accum")
-    train_set[0, 0], val_set[0, 0]  # if they cannot be read, say so now
+    train_set[0, 0], val_set[0, 0]  # an error in reading images should come now
     saved = load_saved(args)
     if args.rank == 0:
         open(f"{args.out}/log.jsonl", "a" if saved else "w").close()
