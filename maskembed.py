@@ -23,7 +23,7 @@ To succeed for every mask, each patch embedding must carry what its own patch co
     python maskembed.py --data DIR --batch-size 32 --accum 32               # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128    # eight GPUs
 """
-import argparse, copy, json, math, os, random, sys
+import argparse, copy, glob, json, math, os, random, sys
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images, masks):
         views = mask_pixels(images, masks, self.vit.patch_embed.patch_size[0])  # (B, K, C, H, W)
-        # One mask after the other takes less memory than all at once, and is no slower.
+        # One mask after the other takes less memory than all at once.
         tokens = [self.vit(view) for view in views.unbind(dim=1)]  # K times (B, T, D)
         return self.scale * torch.stack(tokens, dim=1)
 
@@ -110,7 +110,7 @@ class SoftcapAttention(nn.Module):
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
         self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
 
-    def forward(self, x, **unused):  # timm passes an attention mask, always None here
+    def forward(self, x, **unused):  # timm passes attn_mask=None and is_causal=False
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
         logits = self.scale * self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)  # (B, heads, T, T)
@@ -213,9 +213,9 @@ class Folder:
     """The images in a folder and the folders in it, sorted by path: [i] -> RGB image.
     A file that cannot be read is named, and the next one taken. ValueError after 20 in a row."""
     def __init__(self, folder):
-        # Names with a dot in front are left out: macOS puts ._NAME.jpg, no image, beside NAME.jpg.
-        paths = [os.fsencode(path) for path in sorted(Path(folder).rglob("[!.]*"))
-                 if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
+        # glob follows links, and leaves out hidden files: macOS puts ._NAME.jpg beside NAME.jpg.
+        paths = glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True)
+        paths = sorted(map(os.fsencode, filter(torchvision.datasets.folder.is_image_file, paths)))
         if not paths:
             raise ValueError(f"there are no images in {folder}")
         self.paths = np.array(paths)  # takes less memory than a list, in every worker
@@ -299,7 +299,7 @@ def evaluate(model, teacher, loader, kind="mse", dtype=torch.float32):
     model.eval()
     for images, masks in loader:
         images, masks = images.to(device), masks.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             target = teacher(images, masks).float()
             loss = reconstruction_loss(model(images, masks), target, kind)
         sums += len(images) * torch.tensor([1, loss, target.mean(), target.square().mean()])
@@ -339,14 +339,14 @@ def train(model, teacher, train_set, val_set, args, saved=None):
                               pin_memory=device.type == "cuda"))
     per_epoch = args.num_images // args.images_per_update
     total = args.epochs * per_epoch
-    for step in tqdm(range(start + 1, total + 1), disable=args.rank > 0):
+    for step in tqdm(range(start + 1, total + 1), "train", total, initial=start, disable=args.rank):
         lr = learning_rate(step - 1, total, args.warmup_epochs * per_epoch, args.lr)
         optimizer.param_groups[0]["lr"] = lr
         mean_loss = torch.zeros((), device=device)  # over micro-batches
         for micro in range(args.accum):
-            images, masks = [x.to(device, non_blocking=True) for x in next(batches)]
+            images, masks = [x.to(device, non_blocking=x.is_pinned()) for x in next(batches)]
             parallel.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = maskembed_loss(parallel, teacher, images, masks, args.loss) / args.accum
             loss.backward()
             mean_loss += loss.detach()
@@ -372,7 +372,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
 
 # ---- results -------------------------------------------------------------------------------------
 def log(args, **entry):
-    """Adds a line to log.jsonl and prints it."""
+    """Adds a line to log.jsonl and prints it. After --resume, steps since last.pt come again."""
     if args.rank == 0:
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -391,7 +391,7 @@ def export(encoder, folder):
 def load_aligned(path):
     """The aligned ViT in a last.pt, soft cap included, in eval mode. OSError if it is not there.
     It maps images (B, C, H, W) to all tokens of the last layer, normed: (B, T, D)."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     settings = saved["settings"]
     vit = timm.create_model(settings["model"], img_size=settings["img_size"])
     model = MaskEmbed(vit, settings["softcap"])
@@ -493,7 +493,7 @@ def parse_args(argv=None):
     flag("--lr", type=float, default=3e-4, help="highest learning rate; the lowest is a tenth")
     flag("--seed", type=int, default=0, help="of random weights, order, masks, augmentation")
     flag("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],
-         help="auto: bfloat16 on GPUs that have it, otherwise float32")
+         help="auto: bfloat16 on CUDA GPUs that have it, otherwise float32")
     flag("--compile", action=yes_no, default=False, help="torch.compile, block by block")
     flag("--out", metavar="DIR", help="folder for the results (None: output/MODEL)")
     flag("--resume", action=yes_no, default=False, help="go on from last.pt in --out, if it exists")
@@ -523,8 +523,8 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
             keys = timm.models.load_checkpoint(
                 vit, checkpoint, strict=False, weights_only=True,
                 filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
-            if keys.missing_keys:
-                raise RuntimeError(f"it lacks {keys.missing_keys[:3]} and maybe others")
+            if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
+                raise RuntimeError(f"it lacks or adds {sum(keys, [])[:3]} and maybe others")
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"cannot load {checkpoint or name}: {error}") from error
     return vit
@@ -565,7 +565,7 @@ def prepare(args):
     vit = create_vit(args.model, args.pretrained, args.img_size, args.checkpoint)
     teacher = Teacher(vit, args.skip_blocks).to(device)
     model = MaskEmbed(vit, args.softcap).to(device)
-    size, num_patches = vit.patch_embed.img_size, vit.patch_embed.num_patches
+    embed, size = vit.patch_embed, vit.patch_embed.img_size
     train_images, val_images = open_images(args.data, max(size), args.seed)
     config = {**timm.data.resolve_model_data_config(vit), "input_size": (3, *size)}
     val_transform = timm.data.create_transform(**config)
@@ -573,25 +573,25 @@ def prepare(args):
     train_transform = timm.data.create_transform(
         **config, is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3),
         hflip=0.5, color_jitter=None)
-    masks = num_patches, args.num_masks, args.keep, args.seed
+    masks = embed.num_patches, args.num_masks, args.keep, args.seed
     train_set = MaskedImages(train_images, train_transform, *masks)
     val_set = MaskedImages(val_images, val_transform, *masks)
     args.num_images = len(train_set)
     args.images_per_update = args.world * args.batch_size * args.accum
     if args.num_images < args.images_per_update:
-        raise ValueError(f"{args.num_images} images are too few for updates of "
-                         f"{args.images_per_update}: lower --batch-size or --accum")
+        raise ValueError(f"lower --batch-size: no {args.images_per_update} images to train on")
     train_set[0, 0], val_set[0, 0]  # an error in reading images should come now
     saved = load_saved(args)
     if args.rank == 0:
         open(f"{args.out}/log.jsonl", "a" if saved else "w").close()
-        weights = args.checkpoint or (vit.pretrained_cfg["tag"] if args.pretrained else "random")
-        if args.pretrained and not args.checkpoint and "." not in args.model:
-            weights += " (without a tag, timm's default for this name; often not the paper's)"
+        weights = args.checkpoint or ("pretrained" if args.pretrained else "random")
+        if weights == "pretrained" and "." not in args.model:
+            weights = f"{vit.pretrained_cfg.get('tag')}, timm's default, often not the paper's"
         data = args.data or "built-in pictures of letters, to try things out (--data DIR: yours)"
         print(f"model   {args.model}, weights: {weights}\n"
-              f"images  {data}: {len(train_set)} to train on, {len(val_set)} held out; "
-              f"{size[0]} x {size[1]} pixels, N = {num_patches}, K = {args.num_masks}\n"
+              f"images  {data}: {len(train_set)} to train on, {len(val_set)} held out\n"
+              f"size    {size[0]} x {size[1]} pixels, patches of {embed.patch_size[0]}, "
+              f"N = {embed.num_patches}, K = {args.num_masks}\n"
               f"update  {args.images_per_update} images = {args.world} processes x "
               f"{args.batch_size} x {args.accum} micro-batches, on {device} in {args.dtype}")
     return model, teacher, train_set, val_set, args, saved
