@@ -444,7 +444,7 @@ def demo(args):
         teacher.scale /= teacher(test_images[:500], sample_masks(500, 36, num_masks, keep)).std()
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
         for step in tqdm(range(args.demo), name):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args.demo, warmup=0, peak=4e-3)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, args.demo, warmup=0, peak=2e-3)
             batch = images[torch.randint(len(images), (16,))]
             masks = sample_masks(16, 36, num_masks, keep)
             maskembed_loss(model, teacher, batch, masks, args.loss).backward()

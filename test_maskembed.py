@@ -27,7 +27,7 @@ VITS = {
 }
 
 
-def fill(module, phase):  # from a formula, so that no random state enters
+def fill(module, phase):  # no random state enters
     for i, (name, p) in enumerate(sorted(module.named_parameters())):
         base = p.ndim == 1 and name.endswith("weight") or name.endswith("gamma")
         wave = 0.2 * torch.sin(0.7 * torch.arange(p.numel(), dtype=torch.float64) + i + phase)
@@ -53,7 +53,7 @@ def test_masks(keep):
     visible = masks[:, 0].sum(1)
     assert masks.shape == (9000, 3, 8) and set(masks.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(masks[:, 1], 1 - masks[:, 0]) and (masks[:, 2] == 1).all()
-    assert torch.equal(masks[:, :2], draw(2))
+    assert torch.equal(masks[:, :2], draw(2)) and torch.equal(masks, draw(3))
     assert torch.equal(masks, draw(3, seed=2)) == (keep in (0, 1))
     if keep is None:  # uniform: 0 to 8 are equally likely
         assert (visible.long().bincount(minlength=9) / 1000 - 1).abs().max() < 0.15
@@ -167,8 +167,8 @@ def test_softcap():
 
 
 @pytest.mark.parametrize("model", [
-    "test_vit4", "test_efficientnet", "deit_tiny_distilled_patch16_224",
-    dict(global_pool="avg"), dict(scale_attn_norm=True), dict(patch_size=(8, 16))])
+    "test_efficientnet", "deit_tiny_distilled_patch16_224", dict(global_pool="avg"),
+    dict(scale_attn_norm=True), dict(patch_size=(8, 16))])
 def test_other_models_and_shapes_are_refused(model):
     vit = timm.create_model(model) if isinstance(model, str) else VisionTransformer(**TINY | model)
     for part in (Teacher, MaskEmbed):
@@ -305,8 +305,8 @@ def test_broken_images(pictures, tmp_path):
     assert code == 2 and "error: 20 files in a row" in text.splitlines()[-1]
     for i, path in enumerate(sorted(pictures.rglob("*.jpg"))[:10]):
         (tmp_path / f"{i:02}.jpg").write_bytes(path.read_bytes())
-    folder = maskembed.Folder(tmp_path)
-    assert folder[39].tobytes() == folder[0].tobytes() != folder[1].tobytes()
+    first, second, skipped = [maskembed.Folder(tmp_path)[i].tobytes() for i in (0, 1, 39)]
+    assert skipped == first != second
     code, text = run(*common, "--batch-size", 4, torchrun=TWO)  # fails in a worker, at 10.jpg
     assert code == 1 and "20 files in a row" in text and "DataLoader worker" in text
 
@@ -394,7 +394,7 @@ def test_demo_and_its_parts(tmp_path, capsys):
     *_, table = capsys.readouterr().out.split("Mean IoU:\n")
     names = ("block 1", "block 2", "block 3", "control", "aligned", "gain", "gain", "demo.png")
     assert all(name in line for name, line in zip(names, table.splitlines(), strict=True))
-    assert (tmp_path / "demo.png").stat().st_size > 10000
+    assert (tmp_path / "demo.png").exists()
 
 
 def test_readme_snippets(tmp_path, monkeypatch):
@@ -403,10 +403,9 @@ def test_readme_snippets(tmp_path, monkeypatch):
     monkeypatch.setattr(maskembed, "draw_letters", lambda count, *more: draw(count // 10, *more))
     command = re.search(r"maskembed.py (--model test_vit .*)", text)[1]
     maskembed.main([*command.split(), "--workers", "0"])
-    snippets, names = re.findall(r"```python\n(.*?)```", text, re.DOTALL), {}
-    for snippet in snippets:
-        exec(snippet, names)
-    assert len(snippets) == 5
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec("\n".join(snippets), {})
+    assert len(snippets) == 3
 
 
 def test_commands_of_configs_and_size_of_the_file():
