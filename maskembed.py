@@ -113,8 +113,8 @@ class SoftcapAttention(nn.Module):
     def forward(self, x, **unused):  # timm passes attn_mask=None and is_causal=False
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        logits = self.scale * self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)  # (B, heads, T, T)
-        logits = self.softcap * torch.tanh(logits / self.softcap)
+        q = self.q_norm(q) * (self.scale / self.softcap)  # a / c: dividing q is the least work
+        logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
