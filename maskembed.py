@@ -3,8 +3,8 @@
 Covert et al. 2024, "Locality Alignment Improves Vision-Language Models", arXiv 2410.11087.
 
 A ViT trained on whole images knows what each region holds, but its patch embeddings do not say it.
-MaskEmbed teaches them to, without labels. The frozen copy f sees only the visible patches of an
-image, so its output depends only on them. The trainable copy g sees the whole image, and its patch
+MaskEmbed trains them to say it, without labels. A frozen copy f sees only some patches of an image,
+so its output tells what these contribute. A trainable copy g sees the whole image, and its patch
 embeddings are masked afterwards. A small decoder h predicts f's output from those that are left:
 
     min over g, h of   E_x,m  || h(m * g(x)) - s f(m * x) ||^2      (mean over tokens and channels)
@@ -14,10 +14,10 @@ To succeed for every mask, each patch embedding must carry what its own patch co
     paper  in this file       shape
     x      images             (B, C, H, W)   B images of C channels, H x W pixels
     m      masks              (B, K, N)      K masks for each image, N patches; 1 = visible
-    f      Teacher            (B, K, T, D)   T = P + N tokens of D channels: prefix, then patches
+    s f    Teacher            (B, K, T, D)   T = P + N tokens of D channels: prefix, then patches
     g      MaskEmbed.encoder  (B, T, D)      P prefix tokens: the class token, registers
     h      MaskEmbed.decoder  (B, K, T, D)
-    s      Teacher.scale      one number     1 / standard deviation of all targets f(m * x)
+    s      Teacher.scale      one number     1 / standard deviation of f(m * x), validation images
 
     python maskembed.py --demo                                              # a laptop, 2 minutes
     python maskembed.py --data DIR --batch-size 32 --accum 32               # one GPU
@@ -44,7 +44,7 @@ def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None
     In this order: a random mask, its complement, the full mask. `keep` is the probability that a
     patch is visible (Bernoulli masks). If it is None, each image draws its own (uniform masks)."""
     if keep is None:  # then every number of visible patches, from 0 to N, is equally likely
-        keep = torch.rand(batch_size, 1, generator=generator)
+        keep = torch.rand(batch_size, 1, generator=generator)  # (B, 1)
     drawn = (torch.rand(batch_size, num_patches, generator=generator) < keep).float()  # (B, N)
     # A mask with its complement (an antithetic pair) lowers the variance of the gradient. The full
     # mask keeps the output for whole images in the objective.
@@ -55,11 +55,11 @@ def mask_pixels(images, masks, patch_size):
     """m * x: images (B, C, H, W), normalised, and masks (B, K, N) -> (B, K, C, H, W).
     Hidden patches become 0, the mean colour. Raises RuntimeError if N does not fit the images."""
     height, width = images.shape[2:]
-    grid = masks.unflatten(2, (height // patch_size, width // patch_size))  # (B, K, rows, columns)
-    pixels = F.interpolate(grid, scale_factor=patch_size)  # each mask value fills its patch
-    # Pixels beyond the last whole patch are seen by no patch: hide them.
-    pixels = F.pad(pixels, (0, width - pixels.shape[3], 0, height - pixels.shape[2]))
-    return images[:, None] * pixels[:, :, None]  # (B, 1, C, H, W) * (B, K, 1, H, W)
+    grid = masks.to(images).unflatten(2, (height // patch_size, width // patch_size))
+    visible = F.interpolate(grid, scale_factor=patch_size)  # (B, K, rows, columns) -> pixels
+    # Pixels beyond the last whole patch are seen by no patch. They are hidden too: (B, K, H, W).
+    visible = F.pad(visible, (0, width - visible.shape[3], 0, height - visible.shape[2]))
+    return images[:, None] * visible[:, :, None]  # (B, 1, C, H, W) * (B, K, 1, H, W)
 
 
 # ---- teacher, encoder, decoder -------------------------------------------------------------------
@@ -67,60 +67,62 @@ def without_head(vit):
     """Copies a ViT without pooling and head -> it returns all tokens, (B, T, D).
     Raises ValueError if it has parts that SoftcapAttention and Decoder do not reproduce."""
     plain = (type(vit) is VisionTransformer and isinstance(vit.norm, nn.LayerNorm)
-             and type(vit.patch_embed) is PatchEmbed and len({*vit.patch_embed.patch_size}) == 1
+             and type(vit.patch_embed) is PatchEmbed and len(set(vit.patch_embed.patch_size)) == 1
              and type(vit.blocks[0]) is Block and type(vit.blocks[0].attn) is Attention
-             and isinstance(vit.blocks[0].attn.norm, nn.Identity)
+             and {type(vit.blocks[0].attn.norm), type(vit.patch_drop)} == {nn.Identity}
              and getattr(vit.blocks[0].attn, "gate", None) is None)
     if not plain:
-        raise ValueError(f"this {type(vit).__name__} is no plain timm ViT that ends in a LayerNorm")
+        raise ValueError(f"this is no plain timm ViT with a final LayerNorm: {type(vit).__name__}")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
     return vit
 
 
 class Teacher(nn.Module):
-    """f: the frozen ViT on masked images: (B, C, H, W), (B, K, N) -> s f(m * x), (B, K, T, D).
-    A copy of `vit` without its last `skip_blocks` blocks, always in eval mode. The buffer `scale`
-    is s, 1 until it is measured. Raises ValueError for a model or a number that does not fit."""
+    """s f(m * x), the frozen ViT: images (B, C, H, W), masks (B, K, N) -> (B, K, T, D).
+    A copy of `vit` without its last `skip_blocks` blocks, always in eval mode. `scale` is s: 1,
+    until you measure it by scale /= teacher(images, masks).std(). ValueError for an unfit model."""
     def __init__(self, vit, skip_blocks=1):
         super().__init__()
         self.vit = without_head(vit).requires_grad_(False).eval()
         if not 0 <= skip_blocks < len(vit.blocks):
             raise ValueError(f"cannot skip {skip_blocks} of {len(vit.blocks)} blocks")
-        # The last block likely prepares the pooled token rather than the patches.
+        # Likely the last block prepares the pooled token rather than the patches: leave it out.
         self.vit.blocks = self.vit.blocks[:len(vit.blocks) - skip_blocks]
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones((), device=next(vit.parameters()).device))
 
     def train(self, mode=True):
-        return super().train(False)
+        return super().train(False)  # also where a module around it is set to training
 
     @torch.no_grad()
     def forward(self, images, masks):
         views = mask_pixels(images, masks, self.vit.patch_embed.patch_size[0])  # (B, K, C, H, W)
-        # One mask after the other takes less memory than all at once.
+        # One mask after the other: the ViT's activations take less memory than for all at once.
         tokens = [self.vit(view) for view in views.unbind(dim=1)]  # K times (B, T, D)
         return self.scale * torch.stack(tokens, dim=1)
 
 
 class SoftcapAttention(nn.Module):
-    """timm's Attention, (B, T, D) -> (B, T, D), with its logits a replaced by c tanh(a / c)."""
+    """timm's Attention, (B, T, D) -> (B, T, D), but its logits a become c tanh(a / c), c = softcap.
+    It takes the layers over under their names, so the keys of a state dict stay timm's."""
     def __init__(self, attn, softcap):
         super().__init__()
         self.num_heads, self.scale, self.softcap = attn.num_heads, attn.scale, softcap
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
         self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
 
-    def forward(self, x, **unused):  # timm passes attn_mask=None and is_causal=False
+    def forward(self, x, attn_mask=None, is_causal=False):
+        assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # a / c: dividing q is the least work
+        q = self.q_norm(q) * (self.scale / self.softcap)  # scale: 1 / sqrt(D / heads); q k = a / c
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
-        x = self.attn_drop(logits.softmax(dim=-1)) @ v
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)
 
 
 class Decoder(nn.Module):
-    """h: tokens (B, T, D), masks (B, K, N) -> predictions (B, K, T, D), by blocks like vit's."""
+    """h(m * g): tokens (B, T, D), masks (B, K, N) -> (B, K, T, D). Its blocks are of vit's kind."""
     def __init__(self, vit, num_layers):
         super().__init__()
         dim, attn, mlp = vit.embed_dim, vit.blocks[0].attn, vit.blocks[0].mlp
@@ -128,37 +130,37 @@ class Decoder(nn.Module):
         num_tokens = self.num_prefix + vit.patch_embed.num_patches
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, dim))
         self.blocks = nn.Sequential(*[
-            Block(dim, attn.num_heads, qkv_bias=attn.qkv.bias is not None,
+            Block(dim, attn.num_heads, mlp_ratio=4, qkv_bias=attn.qkv.bias is not None,
                   qk_norm=not isinstance(attn.q_norm, nn.Identity), norm_layer=nn.LayerNorm,
-                  act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # near identity
+                  act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # LayerScale
             for _ in range(num_layers)])
-        self.norm = nn.LayerNorm(dim)  # eps 1e-5 here and below, whatever vit's
+        self.norm = nn.LayerNorm(dim)  # all new norms have eps 1e-5, whatever vit's
         self.head = nn.Linear(dim, dim)
 
     def forward(self, tokens, masks):
         # Prefix tokens are always hidden: they have attended to the whole image, and would give
         # hidden patches away. Positions are added after masking, so hidden tokens have one too.
-        visible = F.pad(masks, (self.num_prefix, 0))  # (B, K, T)
-        x = tokens[:, None] * visible[..., None] + self.pos_embed  # (B, K, T, D)
-        x = self.blocks(x.flatten(0, 1))  # (B K, T, D)
-        return self.head(self.norm(x)).unflatten(0, masks.shape[:2])
+        visible = F.pad(masks.to(tokens), (self.num_prefix, 0))  # (B, K, T), 0 for prefix
+        x = tokens[:, None] * visible[..., None]  # (B, 1, T, D) * (B, K, T, 1)
+        x = self.blocks((x + self.pos_embed).flatten(0, 1))  # (B * K, T, D)
+        return self.head(self.norm(x)).unflatten(0, masks.shape[:2])  # (B, K, T, D)
 
 
 class MaskEmbed(nn.Module):
     """h(m * g(x)), the trained part: images (B, C, H, W), masks (B, K, N) -> (B, K, T, D).
-    `encoder` is a copy of `vit` with attention logits soft-capped at `softcap` (0: no cap), a new
-    final norm and a linear head. Raises ValueError for a model that does not fit."""
+    `encoder` is `vit` with soft-capped attention (0: no cap), a new final norm and a head. To use
+    it, take encoder.forward_features(images), the tokens before the head. ValueError as Teacher."""
     def __init__(self, vit, softcap=30.0, decoder_layers=2):
         super().__init__()
         self.encoder = without_head(vit).requires_grad_(True).train()
         self.decoder = Decoder(vit, decoder_layers)
-        if softcap:  # the authors call it stable attention; the teacher has none, to stay as it was
+        if softcap:  # the authors call it stable attention; the teacher's outputs must not change
             for block in self.encoder.blocks:
                 block.attn = SoftcapAttention(block.attn, softcap)
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
         self.encoder.head = nn.Linear(vit.embed_dim, vit.embed_dim)
-        # The head starts at zero: the decoder sees its position embeddings alone. So the first step
-        # trains decoder and head, and the rest of the encoder learns from the second step on.
+        # As the authors do, the head starts at zero: the decoder sees its positions alone. So the
+        # first step trains decoder and head, and the rest of the encoder learns from the second on.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
         self.to(next(vit.parameters()))  # its device and dtype
@@ -172,7 +174,7 @@ def reconstruction_loss(prediction, target, kind="mse"):
     """Mean over all tokens, both (B, K, T, D) -> scalar. kind: "mse" or "cosine" (1 - cosine).
     Raises ValueError for another kind, and for shapes that differ (they might broadcast)."""
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {[*prediction.shape]} and target {[*target.shape]} differ")
+        raise ValueError(f"shapes differ: {tuple(prediction.shape)}, {tuple(target.shape)}")
     if kind == "mse":
         return F.mse_loss(prediction, target)
     if kind == "cosine":
@@ -192,7 +194,7 @@ LETTERS = " ACEHKSTX"  # what a cell of a picture can hold; the first is nothing
 
 def draw_letters(count, size=48, seed=0):
     """Draws pictures of 1 to 4 letters in a 3 x 3 grid, size x size pixels, to try things out.
-    -> list of RGB images; int array (count, 3, 3), what each cell holds, as places in LETTERS."""
+    -> list of RGB images; int array (count, 3, 3), each cell's letter as an index into LETTERS."""
     rng = np.random.default_rng(seed)
     font = ImageFont.load_default(0.376 * size)
     pictures, contents = [], np.zeros((count, 3, 3), dtype=np.int64)
@@ -211,7 +213,7 @@ def draw_letters(count, size=48, seed=0):
 
 class Folder:
     """The images in a folder and the folders in it, sorted by path: [i] -> RGB image.
-    A file that cannot be read is named, and the next one taken. ValueError after 20 in a row."""
+    A file that cannot be read is named, and the next one taken. ValueError after 20 tries."""
     def __init__(self, folder):
         # glob follows links, and leaves out hidden files: macOS puts ._NAME.jpg beside NAME.jpg.
         paths = glob.glob(f"{glob.escape(str(folder))}/**/*", recursive=True)
@@ -230,16 +232,14 @@ class Folder:
                 return Image.open(path).convert("RGB")
             except Exception as error:  # Pillow raises many kinds
                 tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
-        raise ValueError(f"20 files in a row cannot be read as images, the last is {path}")
+        raise ValueError(f"in 20 tries no image could be read, the last file was {path}")
 
 
 def open_images(folder=None, size=224, seed=0):
-    """A folder, or built-in pictures if None -> (images to train on, images to validate on).
-    Uses train/ and val/ (valid/, validation/) in it where both exist. Otherwise holds out every
-    100th image, or every 10th of fewer than 1000. Raises ValueError if there are none."""
-    for name in ("val", "valid", "validation"):
-        if folder and Path(folder, "train").is_dir() and Path(folder, name).is_dir():
-            return Folder(Path(folder, "train")), Folder(Path(folder, name))
+    """A folder, or letters if None -> (images to train on, images to validate on). ValueError if it
+    is empty. If it lacks train/ or val/, every 100th image is held out (every 10th below 1000)."""
+    if folder and Path(folder, "train").is_dir() and Path(folder, "val").is_dir():
+        return Folder(Path(folder, "train")), Folder(Path(folder, "val"))
     images = Folder(folder) if folder else draw_letters(1000, size, seed)[0]
     places = np.arange(len(images))
     held_out = places % (100 if len(images) >= 1000 else 10) == 0
@@ -249,7 +249,7 @@ def open_images(folder=None, size=224, seed=0):
 class MaskedImages(Dataset):
     """[epoch, i] -> image (C, H, W) and masks (K, N), both random but decided by (seed, epoch, i).
     So processes, workers and restarts change nothing. `transform` makes images[i] a tensor, and may
-    use torch's and Python's random numbers: both are seeded here."""
+    use torch's and Python's random numbers: reading an item seeds both, for the whole process."""
     def __init__(self, images, transform, num_patches, num_masks=3, keep=None, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
         self.num_patches, self.num_masks, self.keep = num_patches, num_masks, keep
@@ -267,16 +267,16 @@ class MaskedImages(Dataset):
 
 
 def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, seed=0, start=0):
-    """Yields this process's micro-batches, lists of (epoch, i), from update number `start` on.
-    The images of an update do not depend on how accum * world * batch_size is split. Each epoch
-    has an order of its own. Images left at its end, too few for an update, are left out."""
+    """The batch_sampler for MaskedImages: yields this process's lists of (epoch, i), for all epochs
+    from update `start` on. An update's images do not depend on how accum * world * batch_size is
+    split. Each epoch has its own order, and leaves out what is too little for a last update."""
     per_update = accum * world * batch_size
     per_epoch = num_images // per_update
     for epoch in range(start // per_epoch, epochs):
         order = np.random.default_rng([seed, epoch]).permutation(num_images)
         for step in range(max(0, start - epoch * per_epoch), per_epoch):
             places = order[step * per_update:(step + 1) * per_update]
-            for micro_batch in places.reshape(accum, world, batch_size)[:, rank]:
+            for micro_batch in places.reshape(accum, world, batch_size)[:, rank]:  # (batch_size,)
                 yield [(epoch, int(i)) for i in micro_batch]
 
 
@@ -291,15 +291,14 @@ def learning_rate(step, total, warmup, peak):
 
 
 @torch.no_grad()
-def evaluate(model, teacher, loader, kind="mse", dtype=torch.float32):
-    """Over the images of all processes -> {"val_loss": mean loss, "target_std": standard deviation
-    of the targets, over images, masks, tokens and channels together}."""
+def evaluate(model, teacher, loader, kind="mse", bf16=False):
+    """All processes' images -> {"val_loss": mean loss, "target_std": of all target entries}."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, squared target
+    sums = torch.zeros(4, dtype=torch.float64)  # of 1, loss, target, squared target, per image
     model.eval()
     for images, masks in loader:
         images, masks = images.to(device), masks.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             target = teacher(images, masks).float()
             loss = reconstruction_loss(model(images, masks), target, kind)
         sums += len(images) * torch.tensor([1, loss, target.mean(), target.square().mean()])
@@ -310,11 +309,30 @@ def evaluate(model, teacher, loader, kind="mse", dtype=torch.float32):
     return {"val_loss": loss, "target_std": (square - mean ** 2) ** 0.5}
 
 
+def update(model, teacher, optimizer, batches, lr, kind="mse", accum=1, bf16=False):
+    """One step of the optimizer, on the next `accum` pairs of images and masks from an iterator.
+    -> mean loss, norm of the gradient before it is clipped. `model`: a MaskEmbed, in DDP or not."""
+    device = teacher.scale.device
+    mean_loss = torch.zeros((), device=device)  # over micro-batches
+    for micro in range(accum):
+        images, masks = [x.to(device, non_blocking=x.is_pinned()) for x in next(batches)]
+        model.require_backward_grad_sync = micro == accum - 1  # DDP then averages gradients once
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = maskembed_loss(model, teacher, images, masks, kind) / accum
+        loss.backward()
+        mean_loss += loss.detach()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean_loss, gradient_norm
+
+
 def train(model, teacher, train_set, val_set, args, saved=None):
     """The whole run, from the start or from `saved`, a last.pt. args: the flags and what `prepare`
     adds. Raises FloatingPointError before a loss or gradient that is not finite is saved."""
-    device, dtype = teacher.scale.device, getattr(torch, args.dtype)
-    val_keys = [(0, i) for i in range(args.rank, len(val_set), args.world)]  # 0: the same masks
+    bf16 = args.dtype == "bfloat16"
+    val_keys = [(0, i) for i in range(args.rank, len(val_set), args.world)]  # epoch 0: fixed masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = 0
@@ -324,40 +342,30 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         optimizer.load_state_dict(saved.pop("optimizer"))
         teacher.scale.fill_(saved["scale"])
     elif args.loss == "mse":
-        # Then a loss of 1 is that of a constant, the overall mean of the targets.
-        teacher.scale /= evaluate(model, teacher, val_loader, args.loss, dtype)["target_std"]
+        # Then a loss of 1 is no better than predicting the overall mean of the targets.
+        teacher.scale /= evaluate(model, teacher, val_loader, args.loss, bf16)["target_std"]
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, modes, batch sizes
+        torch._dynamo.config.cache_size_limit = 64  # a version per block, mode and batch size
         for block in [*teacher.vit.blocks, *model.encoder.blocks, *model.decoder.blocks]:
             block.compile(dynamic=False)
     log(args, step=start, scale=teacher.scale.item(),
-        **evaluate(model, teacher, val_loader, args.loss, dtype))
+        **evaluate(model, teacher, val_loader, args.loss, bf16))
     parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     order = training_order(args.num_images, args.epochs, args.batch_size, args.accum, args.rank,
                            args.world, args.seed, start)
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
+                              pin_memory=teacher.scale.is_cuda))
     per_epoch = args.num_images // args.images_per_update
     total = args.epochs * per_epoch
     for step in tqdm(range(start + 1, total + 1), "train", total, initial=start, disable=args.rank):
         lr = learning_rate(step - 1, total, args.warmup_epochs * per_epoch, args.lr)
-        optimizer.param_groups[0]["lr"] = lr
-        mean_loss = torch.zeros((), device=device)  # over micro-batches
-        for micro in range(args.accum):
-            images, masks = [x.to(device, non_blocking=x.is_pinned()) for x in next(batches)]
-            parallel.require_backward_grad_sync = micro == args.accum - 1  # as DDP's no_sync
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = maskembed_loss(parallel, teacher, images, masks, args.loss) / args.accum
-            loss.backward()
-            mean_loss += loss.detach()
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        mean_loss, gradient_norm = update(parallel, teacher, optimizer, batches, lr, args.loss,
+                                          args.accum, bf16)
         ends_epoch = step % per_epoch == 0
         if step % args.log_every == 0 or step % args.save_every == 0 or ends_epoch:
             if args.world > 1:
-                torch.distributed.all_reduce(mean_loss)  # the sum
-            loss = mean_loss.item() / args.world  # other updates do not wait for the device
+                torch.distributed.all_reduce(mean_loss)  # adds up over processes
+            loss = mean_loss.item() / args.world  # waits for the device, as other updates do not
             if not math.isfinite(loss) or not gradient_norm.isfinite():
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {gradient_norm}")
             log(args, step=step, loss=loss, lr=lr)
@@ -367,7 +375,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
             torch.save(state, f"{args.out}/last.pt.tmp")
             os.replace(f"{args.out}/last.pt.tmp", f"{args.out}/last.pt")  # never half written
         if ends_epoch:
-            log(args, step=step, **evaluate(model, teacher, val_loader, args.loss, dtype))
+            log(args, step=step, **evaluate(model, teacher, val_loader, args.loss, bf16))
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -401,32 +409,28 @@ def load_aligned(path):
 
 
 # ---- demo ----------------------------------------------------------------------------------------
-COLOURS = torch.tensor([[30, 30, 30], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200],
-                        [245, 130, 48], [145, 30, 180], [70, 240, 240], [250, 190, 212]]) / 255
-
-
 @torch.no_grad()
 def probe(vit, block, images, labels):
     """Predicts the labels (n, N) of patches from their embeddings after a block, by least squares.
     Fits on one half of the images -> labels read in the other half, mean IoU of the letters."""
-    tokens, = vit.get_intermediate_layers(images, [block], norm=True)  # of patches, (n, N, D)
+    tokens = vit.get_intermediate_layers(images, [block], norm=True)[0]  # of patches: (n, N, D)
     tokens = (tokens - tokens.mean((0, 1))) / tokens.std((0, 1))
     fit_x, test_x = F.pad(tokens, (0, 1), value=1.0).chunk(2)  # (n / 2, N, D + 1), 1 for the bias
     fit_y, test_y = F.one_hot(labels, len(LETTERS)).chunk(2)  # (n / 2, N, classes)
     weights = torch.linalg.lstsq(fit_x.flatten(0, 1), fit_y.flatten(0, 1).float()).solution
-    read = (test_x @ weights).argmax(dim=2)
+    read = (test_x @ weights).argmax(dim=2)  # (n / 2, N)
     read_y = F.one_hot(read, len(LETTERS))
     iou = (read_y & test_y).sum((0, 1)) / (read_y | test_y).sum((0, 1)).clamp(min=1)
     return read, iou[1:].mean().item()
 
 
 def demo(args):
-    """A small ViT learns which letters pictures hold. After alignment its patches say where."""
-    print("the demo obeys --num-masks --keep --loss --softcap --seed --out and ignores other flags")
+    """A small ViT learns which letters pictures hold. Aligned, its patches tell which is theirs."""
+    print("demo:", {name: vars(args)[name] for name in "seed num_masks keep loss softcap".split()})
     torch.manual_seed(args.seed)
     pictures, contents = draw_letters(16 * args.demo + 2000, seed=args.seed)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, 48, 48)
-    labels = torch.from_numpy(contents.repeat(2, axis=1).repeat(2, axis=2)).flatten(1)  # (n, 36)
+    labels = torch.from_numpy(contents.repeat(2, 1).repeat(2, 2)).flatten(1)  # (n, 36): 4 to a cell
     images, test_images, test_labels = images[:-2000], images[-2000:], labels[-2000:]
     present = F.one_hot(labels, len(LETTERS)).amax(1)[:, 1:].float()  # (n, 8): which, but not where
     vit = VisionTransformer(48, 8, num_classes=8, embed_dim=64, depth=3, num_heads=2)
@@ -440,33 +444,37 @@ def demo(args):
     vit.eval()
     encoders = {f"teacher, block {block + 1}": (vit, block) for block in range(3)}
     for name, num_masks, keep in (("control", 1, 1.0), ("aligned", args.num_masks, args.keep)):
-        teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit, args.softcap)  # 3 blocks: few
+        teacher, model = Teacher(vit, skip_blocks=0), MaskEmbed(vit, args.softcap)  # only 3 blocks
         teacher.scale /= teacher(test_images[:500], sample_masks(500, 36, num_masks, keep)).std()
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
         for step in tqdm(range(args.demo), name):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args.demo, warmup=0, peak=2e-3)
-            batch = images[torch.randint(len(images), (16,))]
-            masks = sample_masks(16, 36, num_masks, keep)
-            maskembed_loss(model, teacher, batch, masks, args.loss).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            lr = learning_rate(step, args.demo, warmup=0, peak=2e-3)
+            batch = images[torch.randint(len(images), (16,))], sample_masks(16, 36, num_masks, keep)
+            update(model, teacher, optimizer, iter([batch]), lr, args.loss)
         encoders[name] = model.encoder.eval(), 2
-    print("Which letter is in a patch? A linear probe reads it from the embedding. Mean IoU:")
-    reads, ious = {}, {}
-    for name, (encoder, block) in encoders.items():
-        reads[name], ious[name] = probe(encoder, block, test_images, test_labels)
+    sheet, font = Image.new("RGB", (1648, 1056), "white"), ImageFont.load_default(28)
+    draw, ious = ImageDraw.Draw(sheet), {}
+    for column in range(8):
+        sheet.paste(pictures[column - 1000].resize((168, 168)), (240 + 176 * column, 0))
+    print("A linear probe reads from each patch's embedding which letter it is part of. Mean IoU:")
+    for row, (name, (encoder, block)) in enumerate(encoders.items(), start=1):
+        reads, ious[name] = probe(encoder, block, test_images, test_labels)
         print(f"{ious[name]:8.3f}  {name}")
-    best = max(list(ious)[:3], key=ious.get)
-    print(f"{ious['aligned'] - ious[best]:+8.3f}  gain over the teacher's best block")
+        draw.text((8, 176 * row + 48), f"{name}\nIoU {ious[name]:.3f}", "black", font)
+        for column, patch in np.ndindex(8, 36):
+            read, true = reads[column, patch], test_labels[1000 + column, patch]
+            x, y = 240 + 176 * column + 28 * (patch % 6), 176 * row + 28 * (patch // 6)
+            if read == true:
+                colour = "royalblue" if read else "black"
+            else:
+                colour = "darkorange" if read else "grey"
+            draw.rectangle((x, y, x + 27, y + 27), colour)
+            draw.text((x + 14, y + 14), LETTERS[read], "white", font, anchor="mm")
+    sheet.save(f"{args.out}/demo.png")
+    print(f"{ious['aligned'] - max([*ious.values()][:3]):+8.3f}  gain over the best teacher block")
     print(f"{ious['aligned'] - ious['control']:+8.3f}  gain over the control (full masks only)")
-    shown = test_images[1000:1008]
-    rows = [shown / 2 + 0.5, mask_pixels(shown, sample_masks(8, 36, 1), 8)[:, 0] / 2 + 0.5]
-    for classes in (test_labels[1000:], reads[best], reads["aligned"]):
-        rows.append(COLOURS[classes[:8]].view(8, 6, 6, 3).permute(0, 3, 1, 2))  # (8, 3, 6, 6)
-    tiles = torch.cat([F.interpolate(row, 96) for row in rows])  # 8 to a row
-    torchvision.utils.save_image(tiles, f"{args.out}/demo.png", padding=4, pad_value=1.0)
-    print(f"{args.out}/demo.png: pictures, masked, true letters, read from teacher, from aligned")
+    print(f"{args.out}/demo.png: what was read. Blue: right, orange: wrong letter, grey: missed")
+    return sheet
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -492,8 +500,7 @@ def parse_args(argv=None):
     flag("--accum", type=int, default=1, help="micro-batches per update (paper: 1024 images)")
     flag("--lr", type=float, default=3e-4, help="highest learning rate; the lowest is a tenth")
     flag("--seed", type=int, default=0, help="of random weights, order, masks, augmentation")
-    flag("--dtype", default="auto", choices=["auto", "bfloat16", "float32"],
-         help="auto: bfloat16 on CUDA GPUs that have it, otherwise float32")
+    flag("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="of arithmetic")
     flag("--compile", action=yes_no, default=False, help="torch.compile, block by block")
     flag("--out", metavar="DIR", help="folder for the results (None: output/MODEL)")
     flag("--resume", action=yes_no, default=False, help="go on from last.pt in --out, if it exists")
@@ -507,8 +514,6 @@ def parse_args(argv=None):
         value, high = getattr(args, name), (1 if name == "keep" else 2**31)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not in {low} to {high}")
-    if args.demo and "RANK" in os.environ:
-        parser.error("--demo runs in one process: start it with python, not with torchrun")
     args.out = args.out or ("output/demo" if args.demo else f"output/{args.model}")
     return args
 
@@ -524,7 +529,7 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
                 vit, checkpoint, strict=False, weights_only=True,
                 filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
-                raise RuntimeError(f"it lacks or adds {sum(keys, [])[:3]} and maybe others")
+                raise RuntimeError(f"lacks {keys.missing_keys[:3]}, has {keys.unexpected_keys[:3]}")
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"cannot load {checkpoint or name}: {error}") from error
     return vit
@@ -538,41 +543,38 @@ def load_saved(args):
     if not args.resume:
         raise ValueError(f"{path} exists: go on from it with --resume, or choose another --out")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    for name in ("model", "pretrained", "img_size", "softcap", "skip_blocks", "num_masks", "keep",
-                 "loss", "epochs", "warmup_epochs", "lr", "seed", "dtype", "num_images",
-                 "images_per_update", "checkpoint"):
-        if saved["settings"][name] != getattr(args, name):
-            raise ValueError(f"cannot resume {path}: its {name} was {saved['settings'][name]}")
+    may_change = ("data", "workers", "batch_size", "accum", "compile", "out", "resume",
+                  "save_every", "log_every", "rank", "world")
+    for name, value in saved["settings"].items():
+        if name not in may_change and value != getattr(args, name):
+            raise ValueError(f"cannot resume {path}: its {name} was {value}")
     return saved
 
 
 def prepare(args):
-    """The arguments of `train`, from the settings. ValueError or OSError if they do not fit."""
+    """What `train` needs, from the settings. ValueError or OSError if they do not fit."""
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, backend, dtype = torch.device("cpu"), "gloo", "float32"
+    device, dtype = torch.device("cpu"), "float32"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
         if torch.cuda.is_bf16_supported(including_emulation=False):
             dtype = "bfloat16"
     elif torch.backends.mps.is_available() and args.world == 1:
         device = torch.device("mps")
     args.dtype = dtype if args.dtype == "auto" else args.dtype
     if args.world > 1:
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group()  # gloo on the CPU, nccl on CUDA
     torch.manual_seed(args.seed)
-    vit = create_vit(args.model, args.pretrained, args.img_size, args.checkpoint)
-    teacher = Teacher(vit, args.skip_blocks).to(device)
-    model = MaskEmbed(vit, args.softcap).to(device)
+    vit = create_vit(args.model, args.pretrained, args.img_size, args.checkpoint).to(device)
+    teacher, model = Teacher(vit, args.skip_blocks), MaskEmbed(vit, args.softcap)
     embed, size = vit.patch_embed, vit.patch_embed.img_size
     train_images, val_images = open_images(args.data, max(size), args.seed)
     config = {**timm.data.resolve_model_data_config(vit), "input_size": (3, *size)}
     val_transform = timm.data.create_transform(**config)
-    config["interpolation"] = "random"
     train_transform = timm.data.create_transform(
-        **config, is_training=True, train_crop_mode="rkrc", scale=(0.08, 1), ratio=(3 / 4, 4 / 3),
-        hflip=0.5, color_jitter=None)
+        **config | {"interpolation": "random"}, is_training=True, train_crop_mode="rkrc",
+        scale=(0.08, 1), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=None)
     masks = embed.num_patches, args.num_masks, args.keep, args.seed
     train_set = MaskedImages(train_images, train_transform, *masks)
     val_set = MaskedImages(val_images, val_transform, *masks)
@@ -580,21 +582,18 @@ def prepare(args):
     args.images_per_update = args.world * args.batch_size * args.accum
     if args.num_images < args.images_per_update:
         raise ValueError(f"lower --batch-size: no {args.images_per_update} images to train on")
-    train_set[0, 0], val_set[0, 0]  # an error in reading images should come now
+    train_set[0, 0]  # an error in reading images should come now
     saved = load_saved(args)
     if args.rank == 0:
-        open(f"{args.out}/log.jsonl", "a" if saved else "w").close()
-        weights = args.checkpoint or ("pretrained" if args.pretrained else "random")
-        if weights == "pretrained" and "." not in args.model:
-            weights = f"{vit.pretrained_cfg.get('tag')}, timm's default, often not the paper's"
-        data = args.data or "built-in pictures of letters, to try things out (--data DIR: yours)"
-        print(f"model   {args.model}, weights: {weights}\n"
-              f"images  {data}: {len(train_set)} to train on, {len(val_set)} held out\n"
-              f"size    {size[0]} x {size[1]} pixels, patches of {embed.patch_size[0]}, "
-              f"N = {embed.num_patches}, K = {args.num_masks}\n"
+        open(f"{args.out}/log.jsonl", "a").close()  # an error in writing, too
+        weights = f"tag {vit.pretrained_cfg.get('tag')}" if args.pretrained else "random"
+        print(f"model   {args.model}, weights: {args.checkpoint or weights}, "
+              f"{embed.num_patches} patches of side {embed.patch_size[0]}\n"
+              f"images  {args.data or 'built-in pictures of letters (--data DIR: your own)'}: "
+              f"{len(train_set)} to train on, {len(val_set)} held out\n"
               f"update  {args.images_per_update} images = {args.world} processes x "
               f"{args.batch_size} x {args.accum} micro-batches, on {device} in {args.dtype}")
-    return model, teacher, train_set, val_set, args, saved
+    return model, teacher, train_set, val_set, saved
 
 
 def main(argv=None):
@@ -602,14 +601,16 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         os.makedirs(args.out, exist_ok=True)
-        run = None if args.demo else prepare(args)
+        if not args.demo:
+            model, teacher, train_set, val_set, saved = prepare(args)
     except (ValueError, OSError) as error:
-        argparse.ArgumentParser(usage=argparse.SUPPRESS).error(" ".join(str(error).split()))
+        sys.stderr.write(f"maskembed.py: error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
     if args.demo:
         return demo(args)
-    train(*run)
+    train(model, teacher, train_set, val_set, args, saved)
     if args.rank == 0:
-        export(run[0].encoder, f"{args.out}/encoder")
+        export(model.encoder, f"{args.out}/encoder")
         print(f"done: {args.out}/last.pt, {args.out}/log.jsonl, {args.out}/encoder/")
     if args.world > 1:
         torch.distributed.destroy_process_group()

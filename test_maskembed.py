@@ -73,8 +73,6 @@ def test_mask_equivalence(name):
     teacher = Teacher(vit, skip_blocks=0)
     target = teacher(images, masks)
     torch.testing.assert_close(target[:, 2], vit.forward_features(images))  # the full mask
-    for k in range(3):  # all masks at once, or one at a time
-        assert torch.equal(teacher(images, masks[:, k:k + 1])[:, 0], target[:, k])
     # What is hidden has no influence at all.
     ones, patch_size = torch.ones_like(images), vit.patch_embed.patch_size[0]
     visible = mask_pixels(ones, masks, patch_size)[:, 0] == 1
@@ -165,11 +163,16 @@ def test_softcap():
     x = 9 * torch.randn(2, 17, 32, dtype=torch.float64)
     mean_value = attn.qkv(x)[..., 64:].mean(1, keepdim=True).expand(-1, 17, -1)
     torch.testing.assert_close(attn(x), attn.proj(mean_value))
+    with pytest.raises(AssertionError, match="mask"):  # not ignored in silence
+        attn(x, attn_mask=torch.eye(17) == 1)
+    vit, images = VisionTransformer(**TINY, in_chans=12).bfloat16(), torch.randn(2, 12, 32, 32)
+    masks = torch.ones(2, 1, 16) == 1  # bool, with another dtype and number of channels
+    assert maskembed_loss(MaskEmbed(vit), Teacher(vit), images.bfloat16(), masks) > 0
 
 
 @pytest.mark.parametrize("model", [
     "test_efficientnet", "deit_tiny_distilled_patch16_224", dict(global_pool="avg"),
-    dict(scale_attn_norm=True), dict(patch_size=(8, 16))])
+    dict(scale_attn_norm=True), dict(patch_size=(8, 16)), dict(patch_drop_rate=0.5)])
 def test_other_models_and_shapes_are_refused(model):
     vit = timm.create_model(model) if isinstance(model, str) else VisionTransformer(**TINY | model)
     for part in (Teacher, MaskEmbed):
@@ -290,11 +293,8 @@ def test_data_folders(pictures, tmp_path):
     assert found() == (36, 4)
     flat.rename(tmp_path / "train")  # alone: some of it is held out
     assert found() == (36, 4)
-    for name in ("val", "valid", "validation"):
-        some = some.rename(tmp_path / name)
-        assert found() == (40, 12)
-    some.rename(tmp_path / "other")
-    assert found() == (46, 6)
+    some.rename(tmp_path / "val")
+    assert found() == (40, 12)
 
 
 def test_broken_images(pictures, tmp_path):
@@ -302,13 +302,13 @@ def test_broken_images(pictures, tmp_path):
         (tmp_path / f"{i:02}.jpg").write_bytes(b"no image")
     common = words("--data", tmp_path, "--workers", 2, "--out", tmp_path / "out")
     code, text = run(*common)
-    assert code == 2 and "error: 20 files in a row" in text.splitlines()[-1]
+    assert code == 2 and "error: in 20 tries" in text.splitlines()[-1]
     for i, path in enumerate(sorted(pictures.rglob("*.jpg"))[:10]):
         (tmp_path / f"{i:02}.jpg").write_bytes(path.read_bytes())
     first, second, skipped = [maskembed.Folder(tmp_path)[i].tobytes() for i in (0, 1, 39)]
     assert skipped == first != second
-    code, text = run(*common, "--batch-size", 4, torchrun=TWO)  # fails in a worker, at 10.jpg
-    assert code == 1 and "20 files in a row" in text and "DataLoader worker" in text
+    code, text = run(*common, "--batch-size", 4, torchrun=TWO)  # fails in a worker
+    assert code == 1 and "in 20 tries" in text and "DataLoader worker" in text
 
 
 def test_export_and_load_aligned(pictures, tmp_path):
@@ -390,11 +390,11 @@ def test_demo_and_its_parts(tmp_path, capsys):
     read, iou = maskembed.probe(vit, 0, nn.functional.one_hot(labels).float(), labels)
     assert torch.equal(read, labels[100:]) and iou == 1
     assert maskembed.probe(vit, 0, torch.randn(200, 9, 8), labels)[1] < 0.15  # chance
-    maskembed.main(["--demo", "4", "--num-masks", "2", "--out", str(tmp_path)])
+    sheet = maskembed.main(["--demo", "4", "--num-masks", "2", "--out", str(tmp_path)])
     *_, table = capsys.readouterr().out.split("Mean IoU:\n")
     names = ("block 1", "block 2", "block 3", "control", "aligned", "gain", "gain", "demo.png")
     assert all(name in line for name, line in zip(names, table.splitlines(), strict=True))
-    assert (tmp_path / "demo.png").exists()
+    assert (tmp_path / "demo.png").exists() and sheet.size == (1648, 1056)
 
 
 def test_readme_snippets(tmp_path, monkeypatch):
