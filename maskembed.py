@@ -55,9 +55,9 @@ def mask_pixels(images, masks, patch_size):
     """m * x: images (B, C, H, W), normalised, and masks (B, K, N) -> (B, K, C, H, W).
     Hidden patches become 0, the mean colour. Raises RuntimeError if N does not fit the images."""
     height, width = images.shape[2:]
+    # Each mask value fills its patch. Pixels beyond the last whole patch belong to none: hide them.
     grid = masks.to(images).unflatten(2, (height // patch_size, width // patch_size))
-    visible = F.interpolate(grid, scale_factor=patch_size)  # (B, K, rows, columns) -> pixels
-    # Pixels beyond the last whole patch are seen by no patch. They are hidden too: (B, K, H, W).
+    visible = grid.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
     visible = F.pad(visible, (0, width - visible.shape[3], 0, height - visible.shape[2]))
     return images[:, None] * visible[:, :, None]  # (B, 1, C, H, W) * (B, K, 1, H, W)
 
@@ -65,14 +65,14 @@ def mask_pixels(images, masks, patch_size):
 # ---- teacher, encoder, decoder -------------------------------------------------------------------
 def without_head(vit):
     """Copies a ViT without pooling and head -> it returns all tokens, (B, T, D).
-    Raises ValueError if it has parts that SoftcapAttention and Decoder do not reproduce."""
+    Raises ValueError for parts that mask_pixels, SoftcapAttention or Decoder do not reproduce."""
     plain = (type(vit) is VisionTransformer and isinstance(vit.norm, nn.LayerNorm)
              and type(vit.patch_embed) is PatchEmbed and len(set(vit.patch_embed.patch_size)) == 1
              and type(vit.blocks[0]) is Block and type(vit.blocks[0].attn) is Attention
-             and {type(vit.blocks[0].attn.norm), type(vit.patch_drop)} == {nn.Identity}
+             and isinstance(vit.blocks[0].attn.norm, nn.Identity)
              and getattr(vit.blocks[0].attn, "gate", None) is None)
     if not plain:
-        raise ValueError(f"this is no plain timm ViT with a final LayerNorm: {type(vit).__name__}")
+        raise ValueError(f"{type(vit).__name__}: no plain timm ViT (LayerNorm, square patches)")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
     return vit
@@ -80,8 +80,8 @@ def without_head(vit):
 
 class Teacher(nn.Module):
     """s f(m * x), the frozen ViT: images (B, C, H, W), masks (B, K, N) -> (B, K, T, D).
-    A copy of `vit` without its last `skip_blocks` blocks, always in eval mode. `scale` is s: 1,
-    until you measure it by scale /= teacher(images, masks).std(). ValueError for an unfit model."""
+    A copy of `vit` less its last `skip_blocks` blocks, with its final norm, in eval mode. Its scale
+    is 1 until you set it to s: scale /= teacher(images, masks).std(). ValueError for other ViTs."""
     def __init__(self, vit, skip_blocks=1):
         super().__init__()
         self.vit = without_head(vit).requires_grad_(False).eval()
@@ -92,7 +92,7 @@ class Teacher(nn.Module):
         self.register_buffer("scale", torch.ones((), device=next(vit.parameters()).device))
 
     def train(self, mode=True):
-        return super().train(False)  # also where a module around it is set to training
+        return super().train(False)  # stays in eval mode when a parent module calls train()
 
     @torch.no_grad()
     def forward(self, images, masks):
@@ -104,37 +104,37 @@ class Teacher(nn.Module):
 
 class SoftcapAttention(nn.Module):
     """timm's Attention, (B, T, D) -> (B, T, D), but its logits a become c tanh(a / c), c = softcap.
-    It takes the layers over under their names, so the keys of a state dict stay timm's."""
+    It keeps attn's layers under their names, so the keys of a state dict stay timm's."""
     def __init__(self, attn, softcap):
         super().__init__()
         self.num_heads, self.scale, self.softcap = attn.num_heads, attn.scale, softcap
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
         self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
 
-    def forward(self, x, attn_mask=None, is_causal=False):
+    def forward(self, x, attn_mask=None, is_causal=False):  # timm's blocks pass all three
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # scale: 1 / sqrt(D / heads); q k = a / c
+        q = self.q_norm(q) * (self.scale / self.softcap)  # so q k = a / c: cheaper than scaling a
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)
 
 
 class Decoder(nn.Module):
-    """h(m * g): tokens (B, T, D), masks (B, K, N) -> (B, K, T, D). Its blocks are of vit's kind."""
+    """h: what g gives for whole images, tokens (B, T, D), and masks (B, K, N) -> (B, K, T, D)."""
     def __init__(self, vit, num_layers):
         super().__init__()
         dim, attn, mlp = vit.embed_dim, vit.blocks[0].attn, vit.blocks[0].mlp
         self.num_prefix = vit.num_prefix_tokens
         num_tokens = self.num_prefix + vit.patch_embed.num_patches
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, dim))
-        self.blocks = nn.Sequential(*[
+        self.blocks = nn.Sequential(*[  # vit's heads, biases, qk norm and MLP class
             Block(dim, attn.num_heads, mlp_ratio=4, qkv_bias=attn.qkv.bias is not None,
                   qk_norm=not isinstance(attn.q_norm, nn.Identity), norm_layer=nn.LayerNorm,
                   act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # LayerScale
             for _ in range(num_layers)])
-        self.norm = nn.LayerNorm(dim)  # all new norms have eps 1e-5, whatever vit's
+        self.norm = nn.LayerNorm(dim)  # all new norms have PyTorch's eps, 1e-5, whatever vit's
         self.head = nn.Linear(dim, dim)
 
     def forward(self, tokens, masks):
@@ -148,13 +148,13 @@ class Decoder(nn.Module):
 
 class MaskEmbed(nn.Module):
     """h(m * g(x)), the trained part: images (B, C, H, W), masks (B, K, N) -> (B, K, T, D).
-    `encoder` is `vit` with soft-capped attention (0: no cap), a new final norm and a head. To use
-    it, take encoder.forward_features(images), the tokens before the head. ValueError as Teacher."""
+    encoder is `vit` with soft-capped attention (0: no cap), a new final norm and a head. To use it,
+    take encoder.forward_features(images), the tokens before the head. ValueError for other ViTs."""
     def __init__(self, vit, softcap=30.0, decoder_layers=2):
         super().__init__()
         self.encoder = without_head(vit).requires_grad_(True).train()
         self.decoder = Decoder(vit, decoder_layers)
-        if softcap:  # the authors call it stable attention; the teacher's outputs must not change
+        if softcap:  # bounds the logits ("stable attention"); the teacher must keep its outputs
             for block in self.encoder.blocks:
                 block.attn = SoftcapAttention(block.attn, softcap)
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
@@ -171,7 +171,7 @@ class MaskEmbed(nn.Module):
 
 # ---- loss ----------------------------------------------------------------------------------------
 def reconstruction_loss(prediction, target, kind="mse"):
-    """Mean over all tokens, both (B, K, T, D) -> scalar. kind: "mse" or "cosine" (1 - cosine).
+    """Prediction, target (B, K, T, D) -> scalar, the mean over tokens. kind: "mse" or "cosine".
     Raises ValueError for another kind, and for shapes that differ (they might broadcast)."""
     if prediction.shape != target.shape:
         raise ValueError(f"shapes differ: {tuple(prediction.shape)}, {tuple(target.shape)}")
@@ -196,7 +196,7 @@ def draw_letters(count, size=48, seed=0):
     """Draws pictures of 1 to 4 letters in a 3 x 3 grid, size x size pixels, to try things out.
     -> list of RGB images; int array (count, 3, 3), each cell's letter as an index into LETTERS."""
     rng = np.random.default_rng(seed)
-    font = ImageFont.load_default(0.376 * size)
+    font = ImageFont.load_default(0.376 * size)  # a letter fills its cell
     pictures, contents = [], np.zeros((count, 3, 3), dtype=np.int64)
     for cells in tqdm(contents, "draw"):
         noise = Image.fromarray(rng.integers(64, 192, (6, 6, 3), dtype=np.uint8))
@@ -294,7 +294,7 @@ def learning_rate(step, total, warmup, peak):
 def evaluate(model, teacher, loader, kind="mse", bf16=False):
     """All processes' images -> {"val_loss": mean loss, "target_std": of all target entries}."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # of 1, loss, target, squared target, per image
+    sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, target ** 2
     model.eval()
     for images, masks in loader:
         images, masks = images.to(device), masks.to(device)
@@ -306,7 +306,7 @@ def evaluate(model, teacher, loader, kind="mse", bf16=False):
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     _, loss, mean, square = (sums / sums[0]).tolist()
-    return {"val_loss": loss, "target_std": (square - mean ** 2) ** 0.5}
+    return {"val_loss": loss, "target_std": max(0, square - mean ** 2) ** 0.5}
 
 
 def update(model, teacher, optimizer, batches, lr, kind="mse", accum=1, bf16=False):
@@ -316,7 +316,7 @@ def update(model, teacher, optimizer, batches, lr, kind="mse", accum=1, bf16=Fal
     mean_loss = torch.zeros((), device=device)  # over micro-batches
     for micro in range(accum):
         images, masks = [x.to(device, non_blocking=x.is_pinned()) for x in next(batches)]
-        model.require_backward_grad_sync = micro == accum - 1  # DDP then averages gradients once
+        model.require_backward_grad_sync = micro == accum - 1  # DDP averages gradients once
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = maskembed_loss(model, teacher, images, masks, kind) / accum
         loss.backward()
@@ -345,7 +345,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         # Then a loss of 1 is no better than predicting the overall mean of the targets.
         teacher.scale /= evaluate(model, teacher, val_loader, args.loss, bf16)["target_std"]
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 64  # a version per block, mode and batch size
+        torch._dynamo.config.cache_size_limit = 64  # a version per kind of block, mode, batch size
         for block in [*teacher.vit.blocks, *model.encoder.blocks, *model.decoder.blocks]:
             block.compile(dynamic=False)
     log(args, step=start, scale=teacher.scale.item(),
@@ -388,8 +388,8 @@ def log(args, **entry):
 
 
 def export(encoder, folder):
-    """Writes the aligned ViT without its head for timm.create_model("local-dir:FOLDER").
-    The model loaded so lacks the soft cap, and may have another epsilon in its last norm."""
+    """Writes a timm ViT without its head: timm.create_model("local-dir:FOLDER", pretrained=True)
+    loads it, without the soft cap, and maybe with another epsilon in its last norm."""
     vit = copy.deepcopy(encoder)
     vit.head = nn.Identity()
     model_args = {"img_size": list(vit.patch_embed.img_size), "global_pool": ""}
@@ -412,7 +412,7 @@ def load_aligned(path):
 @torch.no_grad()
 def probe(vit, block, images, labels):
     """Predicts the labels (n, N) of patches from their embeddings after a block, by least squares.
-    Fits on one half of the images -> labels read in the other half, mean IoU of the letters."""
+    Fits weights on the first half -> labels read in the second half, mean IoU of the letters."""
     tokens = vit.get_intermediate_layers(images, [block], norm=True)[0]  # of patches: (n, N, D)
     tokens = (tokens - tokens.mean((0, 1))) / tokens.std((0, 1))
     fit_x, test_x = F.pad(tokens, (0, 1), value=1.0).chunk(2)  # (n / 2, N, D + 1), 1 for the bias
@@ -425,7 +425,7 @@ def probe(vit, block, images, labels):
 
 
 def demo(args):
-    """A small ViT learns which letters pictures hold. Aligned, its patches tell which is theirs."""
+    """A small ViT learns which letters are in a picture. Aligned, its patches tell their own."""
     print("demo:", {name: vars(args)[name] for name in "seed num_masks keep loss softcap".split()})
     torch.manual_seed(args.seed)
     pictures, contents = draw_letters(16 * args.demo + 2000, seed=args.seed)
@@ -454,7 +454,7 @@ def demo(args):
         encoders[name] = model.encoder.eval(), 2
     sheet, font = Image.new("RGB", (1648, 1056), "white"), ImageFont.load_default(28)
     draw, ious = ImageDraw.Draw(sheet), {}
-    for column in range(8):
+    for column in range(8):  # pictures of 6 x 6 patches of 28 pixels, from the half that is read
         sheet.paste(pictures[column - 1000].resize((168, 168)), (240 + 176 * column, 0))
     print("A linear probe reads from each patch's embedding which letter it is part of. Mean IoU:")
     for row, (name, (encoder, block)) in enumerate(encoders.items(), start=1):
@@ -473,7 +473,7 @@ def demo(args):
     sheet.save(f"{args.out}/demo.png")
     print(f"{ious['aligned'] - max([*ious.values()][:3]):+8.3f}  gain over the best teacher block")
     print(f"{ious['aligned'] - ious['control']:+8.3f}  gain over the control (full masks only)")
-    print(f"{args.out}/demo.png: what was read. Blue: right, orange: wrong letter, grey: missed")
+    print(f"{args.out}/demo.png: what was read. Blue: right, orange: wrong, grey: missed")
     return sheet
 
 
@@ -524,13 +524,13 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
     try:
         vit = timm.create_model(name, pretrained and not checkpoint, img_size=img_size)
         if checkpoint:
-            vit = without_head(vit)
+            vit = without_head(vit)  # the head in the file may be another one, or missing
             keys = timm.models.load_checkpoint(
                 vit, checkpoint, strict=False, weights_only=True,
                 filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
                 raise RuntimeError(f"lacks {keys.missing_keys[:3]}, has {keys.unexpected_keys[:3]}")
-    except (OSError, RuntimeError, TypeError) as error:
+    except Exception as error:  # timm, torch and safetensors raise many kinds
         raise ValueError(f"cannot load {checkpoint or name}: {error}") from error
     return vit
 
@@ -552,7 +552,7 @@ def load_saved(args):
 
 
 def prepare(args):
-    """What `train` needs, from the settings. ValueError or OSError if they do not fit."""
+    """Settings -> what `train` needs, in part in args. ValueError, OSError if they do not fit."""
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = torch.device("cpu"), "float32"
     if torch.cuda.is_available():
@@ -573,11 +573,11 @@ def prepare(args):
     config = {**timm.data.resolve_model_data_config(vit), "input_size": (3, *size)}
     val_transform = timm.data.create_transform(**config)
     train_transform = timm.data.create_transform(
-        **config | {"interpolation": "random"}, is_training=True, train_crop_mode="rkrc",
+        **{**config, "interpolation": "random"}, is_training=True, train_crop_mode="rkrc",
         scale=(0.08, 1), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=None)
-    masks = embed.num_patches, args.num_masks, args.keep, args.seed
-    train_set = MaskedImages(train_images, train_transform, *masks)
-    val_set = MaskedImages(val_images, val_transform, *masks)
+    mask_args = embed.num_patches, args.num_masks, args.keep, args.seed
+    train_set = MaskedImages(train_images, train_transform, *mask_args)
+    val_set = MaskedImages(val_images, val_transform, *mask_args)
     args.num_images = len(train_set)
     args.images_per_update = args.world * args.batch_size * args.accum
     if args.num_images < args.images_per_update:
