@@ -23,7 +23,7 @@ To succeed for every mask, each patch embedding must carry what its own patch co
     python maskembed.py --data DIR --batch-size 32 --accum 32               # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128    # eight GPUs
 """
-import argparse, copy, glob, json, math, os, random, sys
+import argparse, copy, glob, json, math, os, random, sys, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 # ---- masks ---------------------------------------------------------------------------------------
 def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None):
-    """Draws masks m, 1 = visible: float (B, K, N). K = num_masks is 1, 2 or 3.
+    """Draws masks m, 1 = visible: float (B, K, N) on the CPU. K = num_masks is 1, 2 or 3.
     In this order: a random mask, its complement, the full mask. `keep` is the probability that a
     patch is visible (Bernoulli masks). If it is None, each image draws its own (uniform masks)."""
     if keep is None:  # then every number of visible patches, from 0 to N, is equally likely
@@ -72,7 +72,7 @@ def without_head(vit):
              and isinstance(vit.blocks[0].attn.norm, nn.Identity)
              and getattr(vit.blocks[0].attn, "gate", None) is None)
     if not plain:
-        raise ValueError(f"{type(vit).__name__}: no plain timm ViT (LayerNorm, square patches)")
+        raise ValueError(f"{type(vit).__name__}: no plain timm ViT (norm, no fc_norm)")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
     return vit
@@ -122,7 +122,7 @@ class SoftcapAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """h: what g gives for whole images, tokens (B, T, D), and masks (B, K, N) -> (B, K, T, D)."""
+    """h(m * tokens), prefix tokens hidden too: (B, T, D) and masks (B, K, N) -> (B, K, T, D)."""
     def __init__(self, vit, num_layers):
         super().__init__()
         dim, attn, mlp = vit.embed_dim, vit.blocks[0].attn, vit.blocks[0].mlp
@@ -249,7 +249,7 @@ def open_images(folder=None, size=224, seed=0):
 class MaskedImages(Dataset):
     """[epoch, i] -> image (C, H, W) and masks (K, N), both random but decided by (seed, epoch, i).
     So processes, workers and restarts change nothing. `transform` makes images[i] a tensor, and may
-    use torch's and Python's random numbers: reading an item seeds both, for the whole process."""
+    use torch's and Python's random numbers, not NumPy's: reading an item seeds these two."""
     def __init__(self, images, transform, num_patches, num_masks=3, keep=None, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
         self.num_patches, self.num_masks, self.keep = num_patches, num_masks, keep
@@ -267,9 +267,9 @@ class MaskedImages(Dataset):
 
 
 def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, seed=0, start=0):
-    """The batch_sampler for MaskedImages: yields this process's lists of (epoch, i), for all epochs
-    from update `start` on. An update's images do not depend on how accum * world * batch_size is
-    split. Each epoch has its own order, and leaves out what is too little for a last update."""
+    """The batch_sampler for one pass over MaskedImages: this process's lists of (epoch, i), for all
+    epochs from update `start` on. How accum * world * batch_size is split does not change an update.
+    Each epoch has its own order. Images at its end that are too few for an update are left out."""
     per_update = accum * world * batch_size
     per_epoch = num_images // per_update
     for epoch in range(start // per_epoch, epochs):
@@ -296,7 +296,7 @@ def evaluate(model, teacher, loader, kind="mse", bf16=False):
     device = teacher.scale.device
     sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, target ** 2
     model.eval()
-    for images, masks in loader:
+    for images, masks in tqdm(loader, "val", leave=False, disable=int(os.environ.get("RANK", 0))):
         images, masks = images.to(device), masks.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             target = teacher(images, masks).float()
@@ -310,9 +310,10 @@ def evaluate(model, teacher, loader, kind="mse", bf16=False):
 
 
 def update(model, teacher, optimizer, batches, lr, kind="mse", accum=1, bf16=False):
-    """One step of the optimizer, on the next `accum` pairs of images and masks from an iterator.
-    -> mean loss, norm of the gradient before it is clipped. `model`: a MaskEmbed, in DDP or not."""
+    """One step of an optimizer with one parameter group, on the next `accum` (images, masks) of an
+    iterator -> mean loss, norm of the gradient before clipping. `model` may be wrapped in DDP."""
     device = teacher.scale.device
+    optimizer.zero_grad()
     mean_loss = torch.zeros((), device=device)  # over micro-batches
     for micro in range(accum):
         images, masks = [x.to(device, non_blocking=x.is_pinned()) for x in next(batches)]
@@ -324,7 +325,6 @@ def update(model, teacher, optimizer, batches, lr, kind="mse", accum=1, bf16=Fal
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
     return mean_loss, gradient_norm
 
 
@@ -388,8 +388,8 @@ def log(args, **entry):
 
 
 def export(encoder, folder):
-    """Writes a timm ViT without its head: timm.create_model("local-dir:FOLDER", pretrained=True)
-    loads it, without the soft cap, and maybe with another epsilon in its last norm."""
+    """Writes a ViT of timm.create_model, less its head. It loads, without the soft cap and maybe with
+    another last epsilon, by timm.create_model("local-dir:FOLDER", pretrained=True)."""
     vit = copy.deepcopy(encoder)
     vit.head = nn.Identity()
     model_args = {"img_size": list(vit.patch_embed.img_size), "global_pool": ""}
@@ -397,8 +397,8 @@ def export(encoder, folder):
 
 
 def load_aligned(path):
-    """The aligned ViT in a last.pt, soft cap included, in eval mode. OSError if it is not there.
-    It maps images (B, C, H, W) to all tokens of the last layer, normed: (B, T, D)."""
+    """The aligned ViT in a last.pt of this program, soft cap included, in eval mode. It maps images
+    (B, C, H, W) to all tokens of the last layer, normed: (B, T, D). OSError without such a file."""
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     settings = saved["settings"]
     vit = timm.create_model(settings["model"], img_size=settings["img_size"])
@@ -581,11 +581,10 @@ def prepare(args):
     args.num_images = len(train_set)
     args.images_per_update = args.world * args.batch_size * args.accum
     if args.num_images < args.images_per_update:
-        raise ValueError(f"lower --batch-size: no {args.images_per_update} images to train on")
+        raise ValueError(f"lower --batch-size: {args.images_per_update} > {args.num_images} images")
     train_set[0, 0]  # an error in reading images should come now
     saved = load_saved(args)
     if args.rank == 0:
-        open(f"{args.out}/log.jsonl", "a").close()  # an error in writing, too
         weights = f"tag {vit.pretrained_cfg.get('tag')}" if args.pretrained else "random"
         print(f"model   {args.model}, weights: {args.checkpoint or weights}, "
               f"{embed.num_patches} patches of side {embed.patch_size[0]}\n"
@@ -601,6 +600,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         os.makedirs(args.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # an error in writing should come now
         if not args.demo:
             model, teacher, train_set, val_set, saved = prepare(args)
     except (ValueError, OSError) as error:

@@ -281,8 +281,7 @@ def test_killed_and_resumed_equals_whole(pictures, tmp_path, capsys):
 
 
 def test_data_folders(pictures, tmp_path):
-    def found():
-        return tuple(map(len, maskembed.open_images(tmp_path)))
+    found = lambda: tuple(map(len, maskembed.open_images(tmp_path)))  # noqa: E731
     flat, some = tmp_path / "flat", tmp_path.parent / "some"
     flat.mkdir(), some.mkdir()
     for i, path in enumerate(sorted(pictures.rglob("*.*"))):
@@ -353,6 +352,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(pictures, tmp_path, capsys, mon
         "--epochs 0": "--epochs", "--lr nan": "--lr", "--keep 1.5": "--keep", "--demo 0": "--demo",
         "--skip-blocks 6": "6 blocks", "--out cut.pt/x": "cut.pt", "--checkpoint none": "none",
         "--checkpoint cut.pt": "cut.pt", "--checkpoint evil.pt": "evil.pt", "--img-size 8": "--img",
+        "--out /proc": "/proc", "--demo 4 --out /proc": "/proc",
     }.items():
         with pytest.raises(SystemExit) as stop:
             maskembed.main(words("--data", pictures, "--out", "out", *more.split()))
