@@ -19,7 +19,7 @@ To succeed for every mask, each patch embedding must carry what its own patch co
     h      MaskEmbed.decoder  (B, K, T, D)
     s      Teacher.scale      one number     1 / standard deviation of f(m * x), validation images
 
-    python maskembed.py --demo                                              # a laptop, 2 minutes
+    python maskembed.py --demo                                              # a laptop, 3 minutes
     python maskembed.py --data DIR --batch-size 32 --accum 32               # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128    # eight GPUs
 """
@@ -268,7 +268,7 @@ class MaskedImages(Dataset):
 
 def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, seed=0, start=0):
     """The batch_sampler for one pass over MaskedImages: this process's lists of (epoch, i), for all
-    epochs from update `start` on. How accum * world * batch_size is split does not change an update.
+    epochs from update `start` on. How accum * world * batch_size is split changes no update.
     Each epoch has its own order. Images at its end that are too few for an update are left out."""
     per_update = accum * world * batch_size
     per_epoch = num_images // per_update
@@ -294,7 +294,7 @@ def learning_rate(step, total, warmup, peak):
 def evaluate(model, teacher, loader, kind="mse", bf16=False):
     """All processes' images -> {"val_loss": mean loss, "target_std": of all target entries}."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, target ** 2
+    sums = torch.zeros(4, dtype=torch.float64)  # over images of 1, loss, target, target ** 2
     model.eval()
     for images, masks in tqdm(loader, "val", leave=False, disable=int(os.environ.get("RANK", 0))):
         images, masks = images.to(device), masks.to(device)
@@ -388,7 +388,7 @@ def log(args, **entry):
 
 
 def export(encoder, folder):
-    """Writes a ViT of timm.create_model, less its head. It loads, without the soft cap and maybe with
+    """Writes a ViT of timm.create_model, less its head. It loads, without the soft cap, maybe with
     another last epsilon, by timm.create_model("local-dir:FOLDER", pretrained=True)."""
     vit = copy.deepcopy(encoder)
     vit.head = nn.Identity()
@@ -506,7 +506,7 @@ def parse_args(argv=None):
     flag("--resume", action=yes_no, default=False, help="go on from last.pt in --out, if it exists")
     flag("--save-every", type=int, default=1000, help="updates between saves; also each epoch")
     flag("--log-every", type=int, default=20, help="updates between log entries")
-    flag("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the idea in two minutes")
+    flag("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the idea, in 500 STEPS")
     args = parser.parse_args(argv)
     lowest = dict(img_size=32, epochs=1, batch_size=1, accum=1, save_every=1, log_every=1, demo=1,
                   workers=0, warmup_epochs=0, softcap=0, lr=0, keep=0, seed=0)

@@ -405,7 +405,7 @@ def test_readme_snippets(tmp_path, monkeypatch):
     maskembed.main([*command.split(), "--workers", "0"])
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec("\n".join(snippets), {})
-    assert len(snippets) == 3
+    assert len(snippets) == 2
 
 
 def test_commands_of_configs_and_size_of_the_file():
