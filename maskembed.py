@@ -531,7 +531,7 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
                 raise RuntimeError(f"lacks {keys.missing_keys[:3]}, has {keys.unexpected_keys[:3]}")
     except Exception as error:  # timm, torch and safetensors raise many kinds
-        raise ValueError(f"cannot load {checkpoint or name}: {error}") from error
+        raise ValueError(f"cannot load {checkpoint or name} (or --no-pretrained): {error}")
     return vit
 
 
