@@ -425,8 +425,10 @@ def probe(vit, block, images, labels):
 
 
 def demo(args):
-    """A small ViT learns which letters are in a picture. Aligned, its patches tell their own."""
-    print("demo:", {name: vars(args)[name] for name in "seed num_masks keep loss softcap".split()})
+    """A small ViT, the teacher, learns which letters are in a picture, but is never told where. Two
+    copies learn to predict it: from whole images (control), and from masked ones too (aligned)."""
+    heeded = {name: vars(args)[name] for name in "seed num_masks keep loss softcap out".split()}
+    print(demo.__doc__, f"Settings: {heeded}. Other flags are ignored.", sep="\n    ")
     torch.manual_seed(args.seed)
     pictures, contents = draw_letters(16 * args.demo + 2000, seed=args.seed)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, 48, 48)
@@ -456,6 +458,7 @@ def demo(args):
     draw, ious = ImageDraw.Draw(sheet), {}
     for column in range(8):  # pictures of 6 x 6 patches of 28 pixels, from the half that is read
         sheet.paste(pictures[column - 1000].resize((168, 168)), (240 + 176 * column, 0))
+    draw.text((8, 8), "blue: right\norange: wrong\ngrey: missed\nblack: none", "black", font)
     print("A linear probe reads from each patch's embedding which letter it is part of. Mean IoU:")
     for row, (name, (encoder, block)) in enumerate(encoders.items(), start=1):
         reads, ious[name] = probe(encoder, block, test_images, test_labels)
@@ -464,16 +467,13 @@ def demo(args):
         for column, patch in np.ndindex(8, 36):
             read, true = reads[column, patch], test_labels[1000 + column, patch]
             x, y = 240 + 176 * column + 28 * (patch % 6), 176 * row + 28 * (patch // 6)
-            if read == true:
-                colour = "royalblue" if read else "black"
-            else:
-                colour = "darkorange" if read else "grey"
-            draw.rectangle((x, y, x + 27, y + 27), colour)
+            colours = ("black", "royalblue") if read == true else ("grey", "darkorange")
+            draw.rectangle((x, y, x + 27, y + 27), colours[int(read > 0)])
             draw.text((x + 14, y + 14), LETTERS[read], "white", font, anchor="mm")
     sheet.save(f"{args.out}/demo.png")
     print(f"{ious['aligned'] - max([*ious.values()][:3]):+8.3f}  gain over the best teacher block")
     print(f"{ious['aligned'] - ious['control']:+8.3f}  gain over the control (full masks only)")
-    print(f"{args.out}/demo.png: what was read. Blue: right, orange: wrong, grey: missed")
+    print(f"{args.out}/demo.png: what was read in eight pictures. The IoU is of 1000.")
     return sheet
 
 
