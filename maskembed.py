@@ -72,7 +72,7 @@ def without_head(vit):
              and isinstance(vit.blocks[0].attn.norm, nn.Identity)
              and getattr(vit.blocks[0].attn, "gate", None) is None)
     if not plain:
-        raise ValueError(f"{type(vit).__name__}: no plain timm ViT (norm, no fc_norm)")
+        raise ValueError(f"{type(vit).__name__}: no plain timm ViT (square patches, final `norm`)")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
     return vit
@@ -80,8 +80,8 @@ def without_head(vit):
 
 class Teacher(nn.Module):
     """s f(m * x), the frozen ViT: images (B, C, H, W), masks (B, K, N) -> (B, K, T, D).
-    A copy of `vit` less its last `skip_blocks` blocks, with its final norm, in eval mode. Its scale
-    is 1 until you set it to s: scale /= teacher(images, masks).std(). ValueError for other ViTs."""
+    A copy of `vit` less its last `skip_blocks` blocks, with its final norm, in eval mode. scale: 1,
+    until set to s: teacher.scale /= teacher(images, masks).std(). ValueError for other ViTs."""
     def __init__(self, vit, skip_blocks=1):
         super().__init__()
         self.vit = without_head(vit).requires_grad_(False).eval()
@@ -99,7 +99,7 @@ class Teacher(nn.Module):
         views = mask_pixels(images, masks, self.vit.patch_embed.patch_size[0])  # (B, K, C, H, W)
         # One mask after the other: the ViT's activations take less memory than for all at once.
         tokens = [self.vit(view) for view in views.unbind(dim=1)]  # K times (B, T, D)
-        return self.scale * torch.stack(tokens, dim=1)
+        return self.scale * torch.stack(tokens, dim=1)  # (B, K, T, D)
 
 
 class SoftcapAttention(nn.Module):
@@ -115,7 +115,7 @@ class SoftcapAttention(nn.Module):
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # so q k = a / c: cheaper than scaling a
+        q = self.q_norm(q) * (self.scale / self.softcap)  # q @ k is a / c: cheaper than scaling a
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)

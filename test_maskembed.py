@@ -280,7 +280,7 @@ def test_killed_and_resumed_equals_whole(pictures, tmp_path, capsys):
 
 
 def test_data_folders(pictures, tmp_path):
-    found = lambda: tuple(map(len, maskembed.open_images(tmp_path)))  # noqa: E731
+    found = lambda: tuple(map(len, maskembed.open_images(tmp_path)))
     flat, some = tmp_path / "flat", tmp_path.parent / "some"
     flat.mkdir(), some.mkdir()
     for i, path in enumerate(sorted(pictures.rglob("*.*"))):
