@@ -315,8 +315,7 @@ def learning_rate(step, total, warmup, peak):
 
 @torch.no_grad()
 def evaluate(model, teacher, loader, bf16=False):
-    """Returns the mean loss and the standard deviation of all target entries, over the batches that
-    the loaders of all processes yield."""
+    """Returns the mean loss and the std of all target entries, over the data of all processes."""
     device = teacher.scale.device
     sums = torch.zeros(4, dtype=torch.float64)
     model.eval()
@@ -478,8 +477,9 @@ def fit(name, model, loss_of, num_images, batch_size, steps):
 def demo(args):
     """A small ViT, the teacher, learns which letters are in a picture, but not where they are. Then
     two copies learn to predict its output: the control from whole images, and the aligned encoder
-    by MaskEmbed. A linear probe predicts from each patch embedding which letter the patch shows."""
-    print(demo.__doc__)
+    by MaskEmbed. A linear probe predicts from each patch embedding which letter the patch shows.
+    The better it does, the better the patch embeddings describe their own patches."""
+    print(f"    {demo.__doc__}")
     torch.manual_seed(args.seed)
     pictures, cells = draw_letters(16 * args.demo + 2000, seed=args.seed)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, 48, 48)
@@ -520,11 +520,11 @@ def demo(args):
         for column, patch in np.ndindex(6, 36):
             letter, true = predicted[column, patch], labels[column - 1000, patch]
             x, y = 250 + 250 * column + 40 * (patch % 6), 250 * row + 40 * (patch // 6)
-            if letter or true:
-                draw.rectangle((x, y, x + 38, y + 38), "green" if letter == true else "red")
-                draw.text((x + 20, y + 20), LETTERS[letter], "white", font, anchor="mm")
+            colour = "green" if letter == true else "red"
+            draw.rectangle((x, y, x + 38, y + 38), colour if letter or true else "#333333")
+            draw.text((x + 20, y + 20), LETTERS[letter], "white", font, anchor="mm")
     sheet.save(f"{args.out}/demo.png")
-    print(f"{args.out}/demo.png shows six of them: right patches are green, wrong ones are red.")
+    print(f"{args.out}/demo.png: predictions for six pictures, right ones green, wrong ones red")
     return sheet  # a notebook shows it
 
 
@@ -559,7 +559,7 @@ def parse_args(argv=None):
     add("--save-every", type=int, default=1000, help="updates between saves; also after each epoch")
     add("--log-every", type=int, default=20, help="updates between log entries")
     add("--wandb", action=yes_no, default=False, help="also log to Weights & Biases")
-    add("--demo", type=int, nargs="?", const=500, metavar="STEPS", help="the demo (500 STEPS)")
+    add("--demo", type=int, nargs="?", const=600, metavar="STEPS", help="the demo (600 STEPS)")
     args = parser.parse_args(argv)
     may_be_0 = "softcap skip_blocks keep workers warmup_epochs lr seed".split()
     for name, value in vars(args).items():
