@@ -272,9 +272,9 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
 
 
 def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, seed=0, start=0):
-    """Yields one process's micro-batches, from update `start` on: lists of batch_size keys (epoch,
-    i). Use it as batch_sampler. An update has the same images however many processes and micro-
-    batches share it. At the end of an epoch, images that are too few for an update are skipped."""
+    """Yields the micro-batches of a process, from update `start` on, as lists of keys (epoch, i).
+    It is a batch_sampler for MaskedImages. An update has the same images however many processes and
+    micro-batches share it. Images that are left over at the end of an epoch are skipped."""
     per_epoch = num_images // (accum * world * batch_size)
     for epoch in range(start // per_epoch, epochs):
         order = np.random.default_rng([seed, epoch]).permutation(num_images)
@@ -334,7 +334,7 @@ def evaluate(model, teacher, loader, bf16=False):
 
 def train(model, teacher, train_set, val_set, args, saved=None):
     """Trains the model from the start, or from `saved`, the contents of a last.pt. Raises
-    FloatingPointError, and saves nothing, if a loss or gradient is not finite."""
+    FloatingPointError before it saves a model whose loss or gradient is not finite."""
     device = teacher.scale.device
     bf16 = args.dtype == "bfloat16"
     per_epoch = args.num_images // args.images_per_update  # updates
@@ -383,15 +383,15 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         optimizer.zero_grad()
 
         ends_epoch = step % per_epoch == 0
-        saves = ends_epoch or step % args.save_every == 0
-        if saves or step % args.log_every == 0:  # reading a loss waits for the device
+        save_now = ends_epoch or step % args.save_every == 0
+        if save_now or step % args.log_every == 0:  # reading a loss waits for the device
             if WORLD > 1:
                 torch.distributed.all_reduce(mean_loss)
                 mean_loss /= WORLD
             if not (mean_loss.isfinite() and gradient_norm.isfinite()):
                 raise FloatingPointError(f"step {step}: loss {mean_loss}, gradient {gradient_norm}")
             log(args, step=step, loss=mean_loss.item(), lr=lr)
-        if saves and RANK == 0:
+        if save_now and RANK == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          scale=teacher.scale.item(), settings=vars(args))
             torch.save(state, f"{args.out}/last.pt.tmp")
