@@ -9,7 +9,7 @@ embeddings are masked afterwards. A small decoder h predicts f's output from tho
 
     min over g, h of   E_x,m  || h(m * g(x)) - s f(m * x) ||^2      (mean over tokens and channels)
 
-To succeed for every mask, each patch embedding must carry what its own patch contributes.
+This works for every mask only if each patch embedding carries what its own patch contributes.
 
     paper  in this file       shape
     x      images             (B, C, H, W)   B images of C channels, H x W pixels
@@ -41,8 +41,8 @@ from tqdm import tqdm
 def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None):
     """Draws masks m for a batch of images: float (B, K, N) on the CPU, 1 = visible. The K masks of
     an image are the first num_masks of: a random mask, its complement, the full mask. `keep` is the
-    probability that a patch is visible. If it is None, it is random, too, for each image."""
-    if keep is None:  # every number of visible patches, from 0 to N, is then equally likely
+    probability that a patch is visible. If it is None, each image draws its own from U(0, 1)."""
+    if keep is None:  # then all numbers of visible patches, from 0 to N, are equally likely
         keep = torch.rand(batch_size, 1, generator=generator)  # (B, 1)
     drawn = (torch.rand(batch_size, num_patches, generator=generator) < keep).float()  # (B, N)
     # A mask with its complement (an antithetic pair) lowers the variance of the gradient. The full
@@ -52,7 +52,7 @@ def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None
 
 def mask_pixels(images, masks, patch_size):
     """m * x: images (B, C, H, W) and masks (B, K, N) -> masked images (B, K, C, H, W).
-    The pixels of hidden patches become 0, which is the mean colour if the images are normalized.
+    The pixels of hidden patches become 0, the mean that the normalization of images assumes.
     Raises RuntimeError if N is not the number of patches in an image."""
     height, width = images.shape[2:]
     # Repeat each value over its patch. Pixels left over at the right and bottom are hidden.
@@ -76,21 +76,21 @@ def without_head(vit):
 
 class Teacher(nn.Module):
     """s f(m * x), the frozen ViT: images (B, C, H, W), masks (B, K, N) -> (B, K, T, D).
-    It is a copy of `vit` without its last `skip_blocks` blocks, in eval mode. Its scale s is 1
-    until you set it: teacher.scale /= teacher(images, masks).std()"""
+    It is a copy of `vit` in eval mode, without its last `skip_blocks` blocks, but with the final
+    norm. Its scale s is 1 until you set it: teacher.scale /= teacher(images, masks).std()"""
     def __init__(self, vit, skip_blocks=1):
         super().__init__()
         self.vit = without_head(vit).requires_grad_(False).eval()
         if not 0 <= skip_blocks < len(vit.blocks):
             raise ValueError(f"cannot skip {skip_blocks} of {len(vit.blocks)} blocks")
-        # The last block probably serves mainly the pooled output, so the teacher leaves it out.
+        # The authors leave out the last block. A likely reason: it mainly serves the pooled output.
         self.vit.blocks = self.vit.blocks[:len(vit.blocks) - skip_blocks]
         self.register_buffer("scale", torch.ones((), device=next(vit.parameters()).device))
 
     @torch.no_grad()
     def forward(self, images, masks):
         views = mask_pixels(images, masks, self.vit.patch_embed.patch_size[0])  # (B, K, C, H, W)
-        # One mask at a time needs less memory than all K at once.
+        # The ViT runs on one mask at a time, to save memory.
         tokens = [self.vit(view) for view in views.unbind(dim=1)]  # K times (B, T, D)
         return self.scale * torch.stack(tokens, dim=1)  # (B, K, T, D)
 
@@ -103,10 +103,9 @@ class SoftcapAttention(nn.Module):
         self.num_heads, self.scale, self.softcap = attn.num_heads, attn.scale, softcap
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
         self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
-        if self.state_dict().keys() != attn.state_dict().keys():
-            raise ValueError(f"SoftcapAttention cannot replace this attention: {attn}")
+        assert self.state_dict().keys() == attn.state_dict().keys(), "attn has other layers, too"
 
-    def forward(self, x, attn_mask=None, is_causal=False):  # timm's blocks pass all three
+    def forward(self, x, attn_mask=None, is_causal=False):  # the arguments of timm's Attention
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
@@ -117,7 +116,7 @@ class SoftcapAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """h(m * tokens), without the prefix tokens: (B, T, D) and masks (B, K, N) -> (B, K, T, D)."""
+    """h(m * tokens), with the prefix hidden, too: (B, T, D), masks (B, K, N) -> (B, K, T, D)."""
     def __init__(self, vit, num_layers):
         super().__init__()
         dim, attn, mlp = vit.embed_dim, vit.blocks[0].attn, vit.blocks[0].mlp
@@ -155,7 +154,7 @@ class MaskEmbed(nn.Module):
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
         self.encoder.head = nn.Linear(vit.embed_dim, vit.embed_dim)
         # As in the authors' code, the head starts at zero, so the decoder sees only its positions.
-        # The first step trains decoder and head. The rest of the encoder learns from the second.
+        # The first step trains only the decoder and the head, later steps the whole model.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
         self.to(next(vit.parameters()))  # its device and dtype
@@ -167,7 +166,7 @@ class MaskEmbed(nn.Module):
 # ---- loss ----------------------------------------------------------------------------------------
 def maskembed_loss(model, teacher, images, masks):
     """The objective above, for a batch: images (B, C, H, W), masks (B, K, N) -> scalar."""
-    target = teacher(images, masks)  # first, because the prediction's activations stay in memory
+    target = teacher(images, masks)  # before the model, whose activations then stay in memory
     return F.mse_loss(model(images, masks), target)
 
 
@@ -176,14 +175,13 @@ LETTERS = " ACEHKSTX"  # what a cell of a picture can contain; index 0 is nothin
 
 
 def draw_letters(count, size=48, seed=0):
-    """Draws pictures to try things out: 1 to 4 letters in a grid of 3 x 3 cells, on noise. Returns
-    a list of RGB images of size x size pixels, and an int array (count, 3, 3) that gives the letter
-    in each cell as an index into LETTERS."""
+    """Draws 1 to 4 letters in a grid of 3 x 3 cells, on noise. Returns a list of RGB images, and an
+    int array (count, 3, 3) with the letter in each cell of an image, as an index into LETTERS."""
     rng = np.random.default_rng(seed)
     font = ImageFont.load_default(0.376 * size)  # capitals are nearly as high as a cell
     pictures = []
     cells = np.zeros((count, 3, 3), dtype=np.int64)
-    for n in tqdm(range(count), "draw", disable=RANK > 0):
+    for n in tqdm(range(count), "draw"):
         noise = Image.fromarray(rng.integers(64, 192, (6, 6, 3), dtype=np.uint8))
         picture = noise.resize((size, size), Image.BICUBIC)
         for place in rng.choice(9, rng.integers(1, 5), replace=False):
@@ -199,14 +197,13 @@ def draw_letters(count, size=48, seed=0):
 
 class Folder(Dataset):
     """The images in a folder and its subfolders, sorted by path: [i] -> RGB image. A file that
-    cannot be read is reported, and another one takes its place. ValueError after 20 such files."""
+    cannot be read is reported and replaced by another one. Raises ValueError after 20 of them."""
     def __init__(self, folder):
-        # glob skips hidden files, such as macOS's ._NAME.jpg.
-        paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)
+        paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
         paths = sorted(os.fsencode(path) for path in paths if is_image_file(path))
         if not paths:
             raise ValueError(f"there are no images in {folder}")
-        self.paths = np.array(paths)  # workers share an array, but gradually copy a list
+        self.paths = np.array(paths)  # a list would gradually be copied into every worker's memory
 
     def __len__(self):
         return len(self.paths)
@@ -216,13 +213,13 @@ class Folder(Dataset):
             path = os.fsdecode(self.paths[i])
             try:
                 image = Image.open(path)
-                if image.mode.startswith("I"):  # 16 bits: convert alone would clip them at 255
-                    image = image.point(lambda value: value / 256)
+                if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
+                    image = image.convert("I").point(lambda value: value / 256)
                 return image.convert("RGB")
             except Exception as error:  # Pillow raises many types
                 tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
             i = random.randrange(len(self))  # not the next one: broken files are often adjacent
-        raise ValueError(f"20 files could not be read, the last one was {path}")
+        raise ValueError(f"20 files could not be read; the last one was {path}")
 
 
 class MaskedImages(Dataset):
@@ -238,16 +235,17 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        random.seed(f"{self.seed} {epoch} {i}")  # timm's transforms use this generator,
-        torch.default_generator.manual_seed(random.getrandbits(63))  # and this one, as masks do
+        # The transforms use both of these generators, and masks use the second one.
+        random.seed(f"{self.seed} {epoch} {i}")
+        torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed is slower
         masks = sample_masks(1, self.num_patches, self.num_masks, self.keep)[0]
         return self.transform(self.images[i]), masks
 
 
 def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
-    """Returns the MaskedImages to train `vit` on and those to validate it on, from a folder or, if
-    it is None, from pictures of letters. train/ and val/ are used if the folder has both. Otherwise
-    every 100th image is held out (every 10th of fewer than 1000). ValueError without images."""
+    """Returns the MaskedImages to train `vit` on and those to validate it on: images in a folder,
+    or pictures of letters if it is None. If the folder lacks train/ or val/, every 100th image is
+    held out (every 10th of fewer than 1000). Raises ValueError if there are no images."""
     size, num_patches = vit.patch_embed.img_size, vit.patch_embed.num_patches
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r}")
@@ -256,10 +254,10 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
     if val_folders and os.path.isdir(f"{folder}/train"):
         train_images, val_images = Folder(f"{folder}/train"), Folder(val_folders[0])
     else:
-        images = Folder(folder) if folder else draw_letters(1000, max(size), seed)[0]
-        held_out = np.arange(len(images)) % (100 if len(images) >= 1000 else 10) == 0
-        train_images = Subset(images, np.flatnonzero(~held_out))
-        val_images = Subset(images, np.flatnonzero(held_out))
+        images = Folder(folder) if folder else draw_letters(900, max(size), seed)[0]
+        every = 100 if len(images) >= 1000 else 10
+        train_images = Subset(images, np.flatnonzero(np.arange(len(images)) % every))
+        val_images = Subset(images, range(0, len(images), every))
     config = timm.data.resolve_model_data_config(vit)  # mean, std, interpolation of its pretraining
     config["input_size"] = (3, *size)
     val_transform = timm.data.create_transform(**config)
@@ -275,13 +273,14 @@ def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, see
     """Yields the micro-batches of a process, from update `start` on, as lists of keys (epoch, i).
     It is a batch_sampler for MaskedImages. An update has the same images however many processes and
     micro-batches share it. Images that are left over at the end of an epoch are skipped."""
-    per_epoch = num_images // (accum * world * batch_size)
-    for epoch in range(start // per_epoch, epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(num_images)
-        order = order[:per_epoch * accum * world * batch_size]
-        order = order.reshape(per_epoch, accum, world, batch_size)[:, :, rank]
-        done = max(0, start - epoch * per_epoch)  # updates of this epoch before a restart
-        for micro_batch in order[done:].reshape(-1, batch_size).tolist():
+    size = accum * world * batch_size  # images per update
+    per_epoch = num_images // size  # updates
+    for step in range(start, epochs * per_epoch):
+        epoch, update = divmod(step, per_epoch)
+        if step == start or update == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(num_images)
+        images = order[update * size:(update + 1) * size].reshape(accum, world, batch_size)
+        for micro_batch in images[:, rank].tolist():
             yield [(epoch, i) for i in micro_batch]
 
 
@@ -299,7 +298,7 @@ def init_distributed():
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"there are more processes than GPUs ({torch.cuda.device_count()})")
         torch.cuda.set_device(device)
-    if WORLD > 1:  # NCCL averages gradients on GPUs, gloo adds up numbers on the CPU
+    if WORLD > 1:  # NCCL is for tensors on GPUs, gloo for those on the CPU
         nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     return device
@@ -308,16 +307,16 @@ def init_distributed():
 def learning_rate(step, total, warmup, peak):
     """Returns the learning rate for an update, counted from 0. It rises linearly from peak / 10 for
     `warmup` updates. Then it follows a cosine that falls from peak at 0 to peak / 10 at `total`."""
-    # As in the authors' code, the cosine counts the updates of the warm-up, too.
-    share = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
-    return peak / 10 + share * (peak - peak / 10)
+    # As in the authors' code, the cosine counts the warm-up's updates: the rate drops at its start.
+    fraction = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
+    return peak / 10 + fraction * (peak - peak / 10)
 
 
 @torch.no_grad()
 def evaluate(model, teacher, loader, bf16=False):
     """Returns the mean loss and the std of all target entries, over the data of all processes."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)  # of 1, loss, target and target ** 2 for each image
     model.eval()
     for images, masks in tqdm(loader, "validate", leave=False, disable=RANK > 0):
         images, masks = images.to(device), masks.to(device)
@@ -336,8 +335,9 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     """Trains the model from the start, or from `saved`, the contents of a last.pt. Raises
     FloatingPointError before it saves a model whose loss or gradient is not finite."""
     device = teacher.scale.device
+    cuda = device.type == "cuda"
     bf16 = args.dtype == "bfloat16"
-    per_epoch = args.num_images // args.images_per_update  # updates
+    per_epoch = len(train_set) // args.images_per_update  # updates
     total = args.epochs * per_epoch
     val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: always the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers,
@@ -349,28 +349,28 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         model.load_state_dict(saved.pop("model"))  # pop: it is large
         optimizer.load_state_dict(saved.pop("optimizer"))
         teacher.scale.fill_(saved["scale"])
-    else:  # with this scale, predicting the mean of all targets has a loss of 1
+    else:  # scale the targets to a std of 1: then predicting their mean has a loss of 1
         _, target_std = evaluate(model, teacher, val_loader, bf16)
         teacher.scale /= target_std
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 64  # a version per kind of block, mode, size
-        torch._dynamo.config.optimize_ddp = False  # DDP already overlaps work block by block
+        torch._dynamo.config.cache_size_limit = 64  # versions: kinds of block, modes, batch sizes
+        torch._dynamo.config.optimize_ddp = False  # only needed if the whole model were one graph
         for block in [*teacher.vit.blocks, *model.encoder.blocks, *model.decoder.blocks]:
             block.compile(dynamic=False)
     val_loss, _ = evaluate(model, teacher, val_loader, bf16)
     log(args, step=start, val_loss=val_loss, scale=teacher.scale.item())
-    order = training_order(args.num_images, args.epochs, args.batch_size, args.accum, RANK, WORLD,
+    order = training_order(len(train_set), args.epochs, args.batch_size, args.accum, RANK, WORLD,
                            args.seed, start)
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
-                              pin_memory=device.type == "cuda"))
-    # DDP starts NCCL, which should not be forked. So it comes after the workers have been forked.
+                              pin_memory=cuda))
+    # DDP starts NCCL. Forking is not safe after that, so both loaders have their workers by now.
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     for step in tqdm(range(start + 1, total + 1), initial=start, total=total, disable=RANK > 0):
         mean_loss = torch.zeros((), device=device)
         for micro in range(args.accum):
-            images, masks = [x.to(device, non_blocking=x.is_pinned()) for x in next(batches)]
-            if WORLD > 1:  # only the last micro-batch averages gradients over processes
+            images, masks = [x.to(device, non_blocking=cuda) for x in next(batches)]
+            if WORLD > 1:  # like DDP's no_sync(): only the last micro-batch averages gradients
                 parallel.require_backward_grad_sync = micro == args.accum - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = maskembed_loss(parallel, teacher, images, masks) / args.accum
@@ -401,7 +401,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
             log(args, step=step, val_loss=val_loss)
 
 
-# ---- results -------------------------------------------------------------------------------------
+# ---- log and checkpoints -------------------------------------------------------------------------
 def log(args, **entry):
     """Prints an entry and adds it to log.jsonl. After --resume, some steps may appear twice."""
     if RANK > 0:
@@ -415,8 +415,8 @@ def log(args, **entry):
 
 
 def load_last(args):
-    """Returns the contents of last.pt in args.out, or None if there is no such file. ValueError if
-    it cannot be read, if --resume is missing, or if a setting differs that changes the result."""
+    """Returns the contents of last.pt in args.out, or None without it. Raises ValueError if it
+    cannot be read, if --resume is missing, or if a setting that changes the result differs."""
     path = f"{args.out}/last.pt"
     if not os.path.exists(path):
         return None
@@ -424,14 +424,14 @@ def load_last(args):
         raise ValueError(f"{path} exists: continue with --resume, or choose another --out")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        then = dict(saved["settings"])
+        old = dict(saved["settings"])
     except Exception as error:  # torch raises many types for a broken or foreign file
         raise ValueError(f"cannot read {path} as a checkpoint of this program: {error}")
     names = ("model pretrained checkpoint img_size softcap skip_blocks num_masks keep epochs "
              "warmup_epochs lr seed dtype num_images images_per_update").split()
-    changed = {name: then.get(name) for name in names if then.get(name) != getattr(args, name)}
+    changed = {name: old.get(name) for name in names if old.get(name) != getattr(args, name)}
     if changed:
-        raise ValueError(f"cannot resume {path}: it was trained with other settings, {changed}")
+        raise ValueError(f"cannot resume {path}: it was trained with other settings: {changed}")
     return saved
 
 
@@ -483,10 +483,10 @@ def demo(args):
     torch.manual_seed(args.seed)
     pictures, cells = draw_letters(16 * args.demo + 2000, seed=args.seed)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, 48, 48)
-    cells = torch.from_numpy(cells).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    labels = cells.flatten(1)  # (n, 36): a cell has 2 x 2 patches
+    cells = cells.repeat(2, axis=1).repeat(2, axis=2)  # a cell has 2 x 2 patches
+    labels = torch.from_numpy(cells).flatten(1)  # (n, 36)
     present = F.one_hot(labels, len(LETTERS)).amax(1)[:, 1:].float()  # (n, 8): which, but not where
-    num_train = len(images) - 2000  # the last 2000 are for the probe
+    num_train = len(images) - 2000  # of the last 2000, half fit the probe and half test it
 
     vit = VisionTransformer(48, 8, num_classes=8, global_pool="avg", fc_norm=False, embed_dim=64,
                             depth=3, num_heads=2)
@@ -496,7 +496,7 @@ def demo(args):
 
     fit("teacher", vit, classification_loss, num_train, 64, args.demo)
     probes = [probe(vit.eval(), block, images[-2000:], labels[-2000:]) for block in range(3)]
-    results = {"teacher": max(probes, key=lambda iou_and_labels: iou_and_labels[0])}
+    results = {"teacher": max(probes, key=lambda result: result[0])}  # (IoU, predictions)
     for name, num_masks, keep in (("control", 1, 1.0), ("aligned", args.num_masks, args.keep)):
         teacher = Teacher(vit, skip_blocks=0)  # with only 3 blocks, every one counts
         teacher.scale /= teacher(images[:500], sample_masks(500, 36, num_masks, keep)).std()
@@ -518,10 +518,10 @@ def demo(args):
         print(f"{iou:8.3f}  {name}")
         draw.text((10, 250 * row + 80), f"{name}\nIoU {iou:.2f}", "white", font)
         for column, patch in np.ndindex(6, 36):
-            letter, true = predicted[column, patch], labels[column - 1000, patch]
+            letter, actual = predicted[column, patch], labels[column - 1000, patch]
             x, y = 250 + 250 * column + 40 * (patch % 6), 250 * row + 40 * (patch // 6)
-            colour = "green" if letter == true else "red"
-            draw.rectangle((x, y, x + 38, y + 38), colour if letter or true else "#333333")
+            colour = "green" if letter == actual else "red"
+            draw.rectangle((x, y, x + 38, y + 38), colour if letter or actual else "#333333")
             draw.text((x + 20, y + 20), LETTERS[letter], "white", font, anchor="mm")
     sheet.save(f"{args.out}/demo.png")
     print(f"{args.out}/demo.png: predictions for six pictures, right ones green, wrong ones red")
@@ -565,7 +565,7 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         lowest = 0 if name in may_be_0 else 1
         highest = 1 if name == "keep" else 2**31
-        if type(value) in (int, float) and not lowest <= value <= highest:
+        if type(value) in (int, float) and not lowest <= value <= highest:  # nan, too
             parser.error(f"--{name.replace('_', '-')} {value} is not in {lowest} to {highest}")
     if args.warmup_epochs >= args.epochs:
         parser.error("--warmup-epochs must be less than --epochs")
@@ -575,7 +575,7 @@ def parse_args(argv=None):
 
 def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
     """Returns a timm ViT with weights from the hub, from a file, or random. If the file is for
-    another image size, its position embeddings are resampled. ValueError if it cannot be loaded."""
+    another image size, its position embeddings are resampled. Raises ValueError if that fails."""
     try:
         vit = timm.create_model(name, pretrained and not checkpoint, img_size=img_size)
         if checkpoint:
@@ -614,7 +614,7 @@ def main(argv=None):
         train_set[0, 0]  # fails now if images cannot be read
         saved = load_last(args)
         if WORLD > 1:  # processes that disagree would wait for each other forever
-            found = [None] * WORLD  # by each process
+            found = [None] * WORLD  # what each process found
             torch.distributed.all_gather_object(found, (args.num_images, saved and saved["step"]))
             if len(set(found)) > 1:
                 raise ValueError("the processes must see the same --data and last.pt, but found "
