@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
@@ -213,6 +213,7 @@ class Folder(Dataset):
             path = os.fsdecode(self.paths[i])
             try:
                 image = Image.open(path)
+                assert image.mode != "F", "its pixels are floating-point numbers of unknown range"
                 if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
                     image = image.convert("I").point(lambda value: value / 256)
                 return image.convert("RGB")
@@ -404,14 +405,13 @@ def train(model, teacher, train_set, val_set, args, saved=None):
 # ---- log and checkpoints -------------------------------------------------------------------------
 def log(args, **entry):
     """Prints an entry and adds it to log.jsonl. After --resume, some steps may appear twice."""
-    if RANK > 0:
-        return
-    tqdm.write("  ".join(f"{name} {value:.7g}" for name, value in entry.items()))
-    with open(f"{args.out}/log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
-    if args.wandb:
-        import wandb  # only --wandb needs it
-        wandb.log(entry, step=entry["step"])
+    if RANK == 0:
+        tqdm.write("  ".join(f"{name} {value:.7g}" for name, value in entry.items()))
+        with open(f"{args.out}/log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if args.wandb:
+            import wandb  # only --wandb needs it
+            wandb.log(entry, step=entry["step"])
 
 
 def load_last(args):
@@ -483,8 +483,7 @@ def demo(args):
     torch.manual_seed(args.seed)
     pictures, cells = draw_letters(16 * args.demo + 2000, seed=args.seed)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, 48, 48)
-    cells = cells.repeat(2, axis=1).repeat(2, axis=2)  # a cell has 2 x 2 patches
-    labels = torch.from_numpy(cells).flatten(1)  # (n, 36)
+    labels = torch.from_numpy(cells.repeat(2, axis=1).repeat(2, axis=2)).flatten(1)  # (n, 36)
     present = F.one_hot(labels, len(LETTERS)).amax(1)[:, 1:].float()  # (n, 8): which, but not where
     num_train = len(images) - 2000  # of the last 2000, half fit the probe and half test it
 
@@ -578,15 +577,16 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
     another image size, its position embeddings are resampled. Raises ValueError if that fails."""
     try:
         vit = timm.create_model(name, pretrained and not checkpoint, img_size=img_size)
+        vit = without_head(vit)  # the head in a file may differ or be missing
+        vit(torch.zeros(1, 3, *vit.patch_embed.img_size))  # fails now if img_size does not fit
         if checkpoint:
-            vit = without_head(vit)  # the head in the file may differ or be missing
-            keys = timm.models.load_checkpoint(
-                vit, checkpoint, strict=False, weights_only=True,
-                filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
+            keys = timm.models.load_checkpoint(vit, checkpoint, strict=False, weights_only=True,
+                                               filter_fn=checkpoint_filter_fn)
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
                 raise ValueError(f"it lacks {keys.missing_keys[:3]} or has more blocks")
     except Exception as error:  # timm, torch and safetensors raise many types
-        raise ValueError(f"cannot load {checkpoint or name}: {error} (try --no-pretrained)")
+        hint = " (offline, use --checkpoint or --no-pretrained)" if pretrained else ""
+        raise ValueError(f"cannot load {checkpoint or name}: {error}{hint}")
     return vit
 
 

@@ -304,24 +304,24 @@ def test_folders(pictures, tmp_path):
 
 
 def test_unreadable_images_and_16_bits(pictures, tmp_path, capsys):
-    for i in range(31):
+    Image.new("F", (9, 9)).save(tmp_path / "00.tif")
+    for i in range(1, 31):
         (tmp_path / f"{i:02}.jpg").touch()
     with pytest.raises(ValueError, match="20 files could not be read"):
         maskembed.Folder(tmp_path)[0]
     for i, path in enumerate(pictures.rglob("*.*")):
         (tmp_path / f"{31 + i}{path.suffix}").write_bytes(path.read_bytes())
     maskembed.main(flags(tmp_path, tmp_path / "out"))
-    assert f"skipped {tmp_path}/01.jpg" in capsys.readouterr().err
+    assert f"skipped {tmp_path}/00.tif: its pixels are floating" in capsys.readouterr().err
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(ramp).save(tmp_path / "00.png")
-    assert np.abs(np.asarray(maskembed.Folder(tmp_path)[1])[..., 0] - ramp / 257).max() < 1
+    assert np.abs(np.asarray(maskembed.Folder(tmp_path)[0])[..., 0] - ramp / 257).max() < 1
 
 
 def test_checkpoint_of_another_size(tmp_path):
     path, other = tmp_path / "other.pt", fill(timm.create_model("test_vit", img_size=64), phase=3)
     torch.save({"state_dict": other.state_dict(), "args": argparse.Namespace(lr=1)}, path)
     vit = maskembed.create_vit("test_vit", img_size=32, checkpoint=path)
-    assert torch.equal(vit.norm.weight, other.norm.weight)
     assert vit.pos_embed.shape == (1, 5, 64) and vit.pos_embed.std() > 0.05  # not the initial 0.02
 
 
@@ -341,7 +341,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(pictures, tmp_path, capsys, mon
         "--data nowhere": "nowhere", "--data empty": "empty", "--data=": "no folder ''",
         "--data one": "0 images to train on", "--batch-size 64": "36 images", "--lr nan": "--lr",
         "--epochs 0": "--epochs", "--warmup-epochs 2": "--warmup-epochs", "--keep 1.5": "--keep",
-        "--demo 0": "--demo", "--model resnet18": "ResNet", "--skip-blocks 6": "6 blocks",
+        "--img-size 8": "height (8)", "--model resnet18": "ResNet", "--skip-blocks 6": "6 blocks",
         "--wandb": "wandb", "--checkpoint none": "none", "--checkpoint cut/last.pt": "cut",
         "--checkpoint part.pt": "lacks", "--out one/image.png": "image.png", "--out /proc": "/proc",
         "--out cut --resume": "cut/last.pt", "--out foreign --resume": "foreign/last.pt",
