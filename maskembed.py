@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 # ---- masks ---------------------------------------------------------------------------------------
 def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None):
-    """Draws masks m for a batch of images: float (B, K, N) on the CPU, 1 = visible. The K masks of
-    an image are the first num_masks of: a random mask, its complement, the full mask. `keep` is the
+    """Draws masks m for a batch of images: float (B, K, N) on the CPU, 1 = visible. K is num_masks:
+    1 is a random mask, 2 adds its complement, and 3 adds the full mask, too. `keep` is the
     probability that a patch is visible. If it is None, each image draws its own from U(0, 1)."""
     if keep is None:  # then all numbers of visible patches, from 0 to N, are equally likely
         keep = torch.rand(batch_size, 1, generator=generator)  # (B, 1)
@@ -109,7 +109,7 @@ class SoftcapAttention(nn.Module):
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # faster than scaling T x T logits
+        q = self.q_norm(q) * (self.scale / self.softcap)  # so q k is a / c; scale: 1 / sqrt(dim)
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)
@@ -154,19 +154,19 @@ class MaskEmbed(nn.Module):
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
         self.encoder.head = nn.Linear(vit.embed_dim, vit.embed_dim)
         # As in the authors' code, the head starts at zero, so the decoder sees only its positions.
-        # The first step trains only the decoder and the head, later steps the whole model.
+        # In the first step, the rest of the encoder therefore gets no gradient.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
         self.to(next(vit.parameters()))  # its device and dtype
 
     def forward(self, images, masks):
-        return self.decoder(self.encoder(images), masks)  # the encoder runs once for all K masks
+        return self.decoder(self.encoder(images), masks)  # encoder with head, once for K masks
 
 
 # ---- loss ----------------------------------------------------------------------------------------
 def maskembed_loss(model, teacher, images, masks):
     """The objective above, for a batch: images (B, C, H, W), masks (B, K, N) -> scalar."""
-    target = teacher(images, masks)  # before the model, whose activations then stay in memory
+    target = teacher(images, masks)  # first, because the model's activations stay in memory
     return F.mse_loss(model(images, masks), target)
 
 
@@ -186,8 +186,7 @@ def draw_letters(count, size=48, seed=0):
         picture = noise.resize((size, size), Image.BICUBIC)
         for place in rng.choice(9, rng.integers(1, 5), replace=False):
             row, column = divmod(place, 3)
-            letter = rng.integers(1, len(LETTERS))
-            cells[n, row, column] = letter
+            letter = cells[n, row, column] = rng.integers(1, len(LETTERS))
             centre = (column + 0.5) * size / 3, (row + 0.5) * size / 3
             colour = tuple(rng.choice([0, 255], 3).tolist())
             ImageDraw.Draw(picture).text(centre, LETTERS[letter], colour, font, anchor="mm")
@@ -197,7 +196,7 @@ def draw_letters(count, size=48, seed=0):
 
 class Folder(Dataset):
     """The images in a folder and its subfolders, sorted by path: [i] -> RGB image. A file that
-    cannot be read is reported and replaced by another one. Raises ValueError after 20 of them."""
+    cannot be read is reported and replaced by a random other one. ValueError after 20 of them."""
     def __init__(self, folder):
         paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
         paths = sorted(os.fsencode(path) for path in paths if is_image_file(path))
@@ -224,9 +223,9 @@ class Folder(Dataset):
 
 
 class MaskedImages(Dataset):
-    """Images with masks: [epoch, i] -> image (C, H, W), masks (K, N). Both are random, but the same
-    (seed, epoch, i) always gives the same ones, in any process or worker, and after a restart.
-    `images` is a sequence of PIL images. `training_order` makes the keys."""
+    """Images with masks: [epoch, i] -> image (C, H, W), masks (K, N). They depend on (seed, epoch,
+    i) alone, so they are the same in any process or worker, and after a restart. `images` is a
+    sequence of PIL images. `training_order` makes the keys."""
     def __init__(self, images, transform, num_patches, num_masks=3, keep=None, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
         self.num_patches, self.num_masks, self.keep = num_patches, num_masks, keep
@@ -273,7 +272,7 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
 def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, seed=0, start=0):
     """Yields the micro-batches of a process, from update `start` on, as lists of keys (epoch, i).
     It is a batch_sampler for MaskedImages. An update has the same images however many processes and
-    micro-batches share it. Images that are left over at the end of an epoch are skipped."""
+    micro-batches share it. An epoch's last images, too few for an update, are skipped."""
     size = accum * world * batch_size  # images per update
     per_epoch = num_images // size  # updates
     for step in range(start, epochs * per_epoch):
@@ -308,7 +307,7 @@ def init_distributed():
 def learning_rate(step, total, warmup, peak):
     """Returns the learning rate for an update, counted from 0. It rises linearly from peak / 10 for
     `warmup` updates. Then it follows a cosine that falls from peak at 0 to peak / 10 at `total`."""
-    # As in the authors' code, the cosine counts the warm-up's updates: the rate drops at its start.
+    # As in the authors' code, the cosine starts at update 0, so the rate jumps down after warm-up.
     fraction = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
     return peak / 10 + fraction * (peak - peak / 10)
 
@@ -334,7 +333,7 @@ def evaluate(model, teacher, loader, bf16=False):
 
 def train(model, teacher, train_set, val_set, args, saved=None):
     """Trains the model from the start, or from `saved`, the contents of a last.pt. Raises
-    FloatingPointError before it saves a model whose loss or gradient is not finite."""
+    FloatingPointError if the loss or gradient is not finite when it logs or saves."""
     device = teacher.scale.device
     cuda = device.type == "cuda"
     bf16 = args.dtype == "bfloat16"
@@ -354,8 +353,8 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         _, target_std = evaluate(model, teacher, val_loader, bf16)
         teacher.scale /= target_std
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 64  # versions: kinds of block, modes, batch sizes
-        torch._dynamo.config.optimize_ddp = False  # only needed if the whole model were one graph
+        torch._dynamo.config.cache_size_limit = 64  # one per kind of block, mode and batch size
+        torch._dynamo.config.optimize_ddp = False  # for models that are one graph; ours are blocks
         for block in [*teacher.vit.blocks, *model.encoder.blocks, *model.decoder.blocks]:
             block.compile(dynamic=False)
     val_loss, _ = evaluate(model, teacher, val_loader, bf16)
@@ -364,14 +363,14 @@ def train(model, teacher, train_set, val_set, args, saved=None):
                            args.seed, start)
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
                               pin_memory=cuda))
-    # DDP starts NCCL. Forking is not safe after that, so both loaders have their workers by now.
+    # DDP starts NCCL, after which forking is unsafe. The workers of both loaders exist by now.
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     for step in tqdm(range(start + 1, total + 1), initial=start, total=total, disable=RANK > 0):
         mean_loss = torch.zeros((), device=device)
         for micro in range(args.accum):
             images, masks = [x.to(device, non_blocking=cuda) for x in next(batches)]
-            if WORLD > 1:  # like DDP's no_sync(): only the last micro-batch averages gradients
+            if WORLD > 1:  # DDP averages gradients in backward(): let only the last one do so
                 parallel.require_backward_grad_sync = micro == args.accum - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = maskembed_loss(parallel, teacher, images, masks) / args.accum
@@ -511,6 +510,7 @@ def demo(args):
     print("Mean IoU over letters in 1000 new pictures (1 is perfect; teacher: its best block):")
     sheet = Image.new("RGB", (1750, 1000), "black")  # a picture of 6 x 6 patches has 240 x 240
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(36)
+    draw.text((10, 80), "green: right\nred: wrong", "white", font)
     for column in range(6):
         sheet.paste(pictures[column - 1000].resize((240, 240)), (250 + 250 * column, 0))
     for row, (name, (iou, predicted)) in enumerate(results.items(), start=1):
@@ -523,7 +523,7 @@ def demo(args):
             draw.rectangle((x, y, x + 38, y + 38), colour if letter or actual else "#333333")
             draw.text((x + 20, y + 20), LETTERS[letter], "white", font, anchor="mm")
     sheet.save(f"{args.out}/demo.png")
-    print(f"{args.out}/demo.png: predictions for six pictures, right ones green, wrong ones red")
+    print(f"{args.out}/demo.png shows the predictions for six pictures.")
     return sheet  # a notebook shows it
 
 
@@ -585,8 +585,8 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
                 raise ValueError(f"it lacks {keys.missing_keys[:3]} or has more blocks")
     except Exception as error:  # timm, torch and safetensors raise many types
-        hint = " (offline, use --checkpoint or --no-pretrained)" if pretrained else ""
-        raise ValueError(f"cannot load {checkpoint or name}: {error}{hint}")
+        hint = "" if checkpoint else " (offline, use --checkpoint or --no-pretrained)"
+        raise ValueError(f"cannot load {checkpoint or name}: {type(error).__name__}: {error}{hint}")
     return vit
 
 
@@ -606,7 +606,7 @@ def main(argv=None):
         teacher = Teacher(vit, args.skip_blocks).to(device)
         model = MaskEmbed(vit, args.softcap).to(device)
         train_set, val_set = open_data(vit, args.data, args.num_masks, args.keep, args.seed)
-        args.num_images = len(train_set)  # a resumed run must have as many, and the same updates
+        args.num_images = len(train_set)  # these two are not flags, but --resume compares them
         args.images_per_update = WORLD * args.accum * args.batch_size
         if args.num_images < args.images_per_update:
             raise ValueError(f"there are {args.num_images} images to train on, but an update needs "
