@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
@@ -52,8 +52,8 @@ def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None
 
 def mask_pixels(images, masks, patch_size):
     """m * x: images (B, C, H, W) and masks (B, K, N) -> masked images (B, K, C, H, W).
-    The pixels of hidden patches become 0, the mean that the normalization of images assumes.
-    Raises RuntimeError if N is not the number of patches in an image."""
+    Hidden pixels become 0, which is the mean of normalized images. Raises RuntimeError if N is not
+    the number of patches in an image."""
     height, width = images.shape[2:]
     # Repeat each value over its patch. Pixels left over at the right and bottom are hidden.
     grid = masks.to(images).unflatten(2, (height // patch_size, width // patch_size))
@@ -66,9 +66,9 @@ def mask_pixels(images, masks, patch_size):
 def without_head(vit):
     """Returns a copy of a timm ViT without pooling and head: images (B, C, H, W) -> all tokens
     (B, T, D). Raises ValueError if vit is not a plain VisionTransformer."""
-    if (type(vit) is not VisionTransformer or type(vit.blocks[0]) is not Block
-            or type(vit.blocks[0].attn) is not Attention or not isinstance(vit.norm, nn.LayerNorm)):
-        raise ValueError(f"not a timm VisionTransformer with a final LayerNorm: {type(vit)}")
+    if (type(vit) is not VisionTransformer or type(vit.patch_embed) is not timm.layers.PatchEmbed
+            or type(vit.blocks[0]) is not Block or not isinstance(vit.norm, nn.LayerNorm)):
+        raise ValueError(f"{type(vit).__name__} is not a plain ViT with a LayerNorm as vit.norm")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")
     return vit
@@ -80,7 +80,7 @@ class Teacher(nn.Module):
     norm. Its scale s is 1 until you set it: teacher.scale /= teacher(images, masks).std()"""
     def __init__(self, vit, skip_blocks=1):
         super().__init__()
-        self.vit = without_head(vit).requires_grad_(False).eval()
+        self.vit = without_head(vit).requires_grad_(False)
         if not 0 <= skip_blocks < len(vit.blocks):
             raise ValueError(f"cannot skip {skip_blocks} of {len(vit.blocks)} blocks")
         # The authors leave out the last block. A likely reason: it mainly serves the pooled output.
@@ -89,6 +89,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, masks):
+        self.vit.eval()  # even if a parent module is in training mode
         views = mask_pixels(images, masks, self.vit.patch_embed.patch_size[0])  # (B, K, C, H, W)
         # The ViT runs on one mask at a time, to save memory.
         tokens = [self.vit(view) for view in views.unbind(dim=1)]  # K times (B, T, D)
@@ -103,7 +104,8 @@ class SoftcapAttention(nn.Module):
         self.num_heads, self.scale, self.softcap = attn.num_heads, attn.scale, softcap
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
         self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
-        assert self.state_dict().keys() == attn.state_dict().keys(), "attn has other layers, too"
+        if self.state_dict().keys() != attn.state_dict().keys():
+            raise ValueError(f"attention with other layers, too: {type(attn).__name__}")
 
     def forward(self, x, attn_mask=None, is_causal=False):  # the arguments of timm's Attention
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
@@ -116,7 +118,7 @@ class SoftcapAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """h(m * tokens), with the prefix hidden, too: (B, T, D), masks (B, K, N) -> (B, K, T, D)."""
+    """h(m * tokens), with the prefix hidden, too: (B, T, D) and masks (B, K, N) -> (B, K, T, D)."""
     def __init__(self, vit, num_layers):
         super().__init__()
         dim, attn, mlp = vit.embed_dim, vit.blocks[0].attn, vit.blocks[0].mlp
@@ -133,7 +135,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, masks):
         # Prefix tokens are always hidden: they have attended to the whole image, and would
-        # reveal hidden patches. Positions are added after masking, so hidden tokens have one too.
+        # reveal hidden patches. Positions are added after masking, so hidden tokens keep theirs.
         visible = F.pad(masks.to(tokens), (self.num_prefix, 0))  # (B, K, T), 0 for prefix
         x = tokens[:, None] * visible[..., None]  # (B, 1, T, D) * (B, K, T, 1)
         x = self.blocks((x + self.pos_embed).flatten(0, 1))  # (B * K, T, D)
@@ -224,8 +226,8 @@ class Folder(Dataset):
 
 class MaskedImages(Dataset):
     """Images with masks: [epoch, i] -> image (C, H, W), masks (K, N). They depend on (seed, epoch,
-    i) alone, so they are the same in any process or worker, and after a restart. `images` is a
-    sequence of PIL images. `training_order` makes the keys."""
+    i) alone, in any process or worker, if the transform draws only from `random` and torch.
+    `images` is a sequence of PIL images. `training_order` makes the keys."""
     def __init__(self, images, transform, num_patches, num_masks=3, keep=None, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
         self.num_patches, self.num_masks, self.keep = num_patches, num_masks, keep
@@ -235,7 +237,7 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        # The transforms use both of these generators, and masks use the second one.
+        # This reseeds the global generators. Transforms use both, and masks the second one.
         random.seed(f"{self.seed} {epoch} {i}")
         torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed is slower
         masks = sample_masks(1, self.num_patches, self.num_masks, self.keep)[0]
@@ -249,10 +251,9 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
     size, num_patches = vit.patch_embed.img_size, vit.patch_embed.num_patches
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r}")
-    val_folders = [f"{folder}/{name}" for name in ("val", "valid", "validation")]
-    val_folders = [path for path in val_folders if os.path.isdir(path)]
-    if val_folders and os.path.isdir(f"{folder}/train"):
-        train_images, val_images = Folder(f"{folder}/train"), Folder(val_folders[0])
+    names = [name for name in ("val", "valid", "validation") if os.path.isdir(f"{folder}/{name}")]
+    if names and os.path.isdir(f"{folder}/train"):
+        train_images, val_images = Folder(f"{folder}/train"), Folder(f"{folder}/{names[0]}")
     else:
         images = Folder(folder) if folder else draw_letters(900, max(size), seed)[0]
         every = 100 if len(images) >= 1000 else 10
@@ -316,7 +317,7 @@ def learning_rate(step, total, warmup, peak):
 def evaluate(model, teacher, loader, bf16=False):
     """Returns the mean loss and the std of all target entries, over the data of all processes."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # of 1, loss, target and target ** 2 for each image
+    sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, target ** 2
     model.eval()
     for images, masks in tqdm(loader, "validate", leave=False, disable=RANK > 0):
         images, masks = images.to(device), masks.to(device)
@@ -332,12 +333,12 @@ def evaluate(model, teacher, loader, bf16=False):
 
 
 def train(model, teacher, train_set, val_set, args, saved=None):
-    """Trains the model from the start, or from `saved`, the contents of a last.pt. Raises
-    FloatingPointError if the loss or gradient is not finite when it logs or saves."""
+    """Trains the model with the flags in `args`, from the start or from `saved`, the contents of a
+    last.pt. Raises FloatingPointError if the loss is not finite when it logs or saves."""
     device = teacher.scale.device
     cuda = device.type == "cuda"
     bf16 = args.dtype == "bfloat16"
-    per_epoch = len(train_set) // args.images_per_update  # updates
+    per_epoch = len(train_set) // (WORLD * args.accum * args.batch_size)  # updates
     total = args.epochs * per_epoch
     val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: always the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers,
@@ -386,11 +387,10 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         save_now = ends_epoch or step % args.save_every == 0
         if save_now or step % args.log_every == 0:  # reading a loss waits for the device
             if WORLD > 1:
-                torch.distributed.all_reduce(mean_loss)
-                mean_loss /= WORLD
+                torch.distributed.all_reduce(mean_loss)  # adds up over processes
             if not (mean_loss.isfinite() and gradient_norm.isfinite()):
                 raise FloatingPointError(f"step {step}: loss {mean_loss}, gradient {gradient_norm}")
-            log(args, step=step, loss=mean_loss.item(), lr=lr)
+            log(args, step=step, loss=mean_loss.item() / WORLD, lr=lr)
         if save_now and RANK == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          scale=teacher.scale.item(), settings=vars(args))
@@ -591,7 +591,7 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
 
 
 def main(argv=None):
-    """The program. If it cannot start, it prints one line that says why, and exits with code 2."""
+    """Runs the program. If it cannot start, it says why in one line, and exits with code 2."""
     args = parse_args(argv)
     try:
         os.makedirs(args.out, exist_ok=True)

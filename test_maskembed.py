@@ -103,8 +103,8 @@ def test_mask_equivalence(name):
 
 def test_teacher_leaves_out_blocks_and_scales():
     vit, images, masks = tiny("clip")
-    teacher = Teacher(vit.train(), skip_blocks=1)
-    assert not any(module.training for module in teacher.vit.blocks[0].modules())
+    teacher = Teacher(vit, skip_blocks=1).train()
+    teacher.vit.blocks[0].mlp.drop1.p = 0.5  # has no effect, because the ViT stays in eval mode
     teacher.scale.fill_(2.0)
     vit.blocks = vit.blocks[:2]
     torch.testing.assert_close(teacher(images, masks)[:, 2], 2 * vit.forward_features(images))
@@ -179,10 +179,10 @@ def test_loss_falls_on_one_batch():
 
 
 @pytest.mark.parametrize("model", [
-    "test_efficientnet", dict(global_pool="avg"), dict(scale_attn_norm=True)])
+    "resnet18", "vit_tiny_r_s16_p8_224", dict(global_pool="avg"), dict(scale_attn_norm=True)])
 def test_other_models_are_refused(model):
     vit = timm.create_model(model) if isinstance(model, str) else VisionTransformer(**TINY | model)
-    with pytest.raises((ValueError, AssertionError), match="not a timm VisionT|other layers"):
+    with pytest.raises(ValueError, match="not a plain ViT|other layers"):
         MaskEmbed(vit)
 
 
@@ -200,11 +200,11 @@ def test_seed_epoch_and_index_decide_images_and_masks():
     def item(seed, epoch, i):
         data = maskembed.MaskedImages(range(9), lambda i: torch.rand(2) + i, 16, seed=seed)
         return torch.cat([x.flatten() for x in data[epoch, i]])
-
     assert torch.equal(item(0, 0, 1), item(0, 0, 1))
     assert not any(torch.equal(item(0, 0, 1), item(*k)) for k in ((1, 0, 1), (0, 1, 1), (0, 0, 2)))
     order = list(maskembed.training_order(21, epochs=3, batch_size=8, seed=5))
     assert len(order) == 6 and {i for _, i in order[0]} != {i for _, i in order[2]}
+    assert list(maskembed.training_order(21, 3, 8, seed=5, start=3)) == order[3:]
     assert len(set(order[4] + order[5])) == 16  # no image twice in an epoch
 
 
@@ -212,13 +212,13 @@ def test_seed_epoch_and_index_decide_images_and_masks():
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    for i, picture in enumerate(maskembed.draw_letters(40)[0]):
+    for i, picture in enumerate(maskembed.draw_letters(50)[0]):
         picture.save(folder / f"{i:02}.{['jpg', 'PNG', 'webp'][i % 3]}")
     return folder
 
 
 def flags(data, out, *others):
-    """The flags of a run that takes a second: 36 images, 8 updates, 2 x 2 patches in an image."""
+    """The flags of a run that takes a second: 45 images, 10 updates, 2 x 2 patches in an image."""
     fixed = ("--model test_vit --no-pretrained --img-size 32 --epochs 2 --lr 1e-3 --log-every 1 "
              "--workers 0 --batch-size 8").split()
     return [*fixed, "--data", str(data), "--out", str(out), *map(str, others)]
@@ -255,11 +255,11 @@ def test_processes_that_disagree_and_backends(pictures, tmp_path, capsys, monkey
     backends = []
     monkeypatch.setattr(maskembed, "WORLD", 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", backends.append)
-    for other in ((35, None), (36, 4)):  # another number of images, another step in last.pt
+    for other in ((44, None), (45, 4)):  # another number of images, another step in last.pt
         def gather(found, mine):
             found[:] = [mine, other]
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        assert f"[(36, None), {other}]" in refusal(capsys, flags(pictures, tmp_path))
+        assert f"[(45, None), {other}]" in refusal(capsys, flags(pictures, tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as if there were two GPUs
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -281,7 +281,7 @@ def test_killed_and_resumed_equals_whole(pictures, tmp_path, capsys):
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert results(killed)[0]["step"] < 24
+    assert results(killed)[0]["step"] < 30
     assert "continue with --resume" in refusal(capsys, arguments)
     changed = refusal(capsys, [*arguments, "--resume", "--keep", "1", "--batch-size", "4"])
     assert "{'keep': None, 'images_per_update': 8}" in changed
@@ -296,10 +296,10 @@ def test_folders(pictures, tmp_path):
     vit = timm.create_model("test_vit")
     (tmp_path / "train").symlink_to(pictures)
     (tmp_path / "._00.jpg").write_bytes(b"a hidden file of macOS")
-    assert [len(data) for data in maskembed.open_data(vit, tmp_path)] == [36, 4]
+    assert [len(data) for data in maskembed.open_data(vit, tmp_path)] == [45, 5]
     for name in ("validation", "valid", "val"):
         (tmp_path / name).symlink_to(pictures)
-        assert [len(data) for data in maskembed.open_data(vit, tmp_path)] == [40, 40]
+        assert [len(data) for data in maskembed.open_data(vit, tmp_path)] == [50, 50]
         (tmp_path / name).unlink()
 
 
@@ -339,7 +339,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(pictures, tmp_path, capsys, mon
         "--nope": "--nope", "--model vit_base_patch61_224": "vit_base_patch61_224",
         "--model vit_tiny_patch16_224 --pretrained": "vit_tiny_patch16_224",
         "--data nowhere": "nowhere", "--data empty": "empty", "--data=": "no folder ''",
-        "--data one": "0 images to train on", "--batch-size 64": "36 images", "--lr nan": "--lr",
+        "--data one": "0 images to train on", "--batch-size 64": "45 images", "--lr nan": "--lr",
         "--epochs 0": "--epochs", "--warmup-epochs 2": "--warmup-epochs", "--keep 1.5": "--keep",
         "--img-size 8": "height (8)", "--model resnet18": "ResNet", "--skip-blocks 6": "6 blocks",
         "--wandb": "wandb", "--checkpoint none": "none", "--checkpoint cut/last.pt": "cut",
@@ -361,7 +361,7 @@ def test_other_settings_and_wandb(pictures, tmp_path, monkeypatch):
     saved, entries = results(tmp_path)
     assert logged == entries and len(runs) == 1 and runs[0]["config"]["num_masks"] == 1
     rates = [entry["lr"] for entry in entries if "lr" in entry]
-    assert rates[:2] == pytest.approx([1e-4, 1e-4 + 9e-4 / 4])
+    assert rates[:2] == pytest.approx([1e-4, 1e-4 + 9e-4 / 5])
     assert rates[-1] == saved["optimizer"]["param_groups"][0]["lr"]
 
 
@@ -407,7 +407,7 @@ def test_commands_and_snippets_of_the_documents(tmp_path, monkeypatch):
     assert len(set(rows)) == len(rows) == 35
 
 
-if __name__ == "__main__":  # the tests start this in processes of its own
+if __name__ == "__main__":  # two tests run this file as a program
     init = torch.distributed.init_process_group
     torch.distributed.init_process_group = lambda backend="cuda:gloo": init(backend)  # as on GPUs
 
