@@ -105,7 +105,7 @@ class SoftcapAttention(nn.Module):
         self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
         self.attn_drop, self.proj, self.proj_drop = attn.attn_drop, attn.proj, attn.proj_drop
         if self.state_dict().keys() != attn.state_dict().keys():
-            raise ValueError(f"attention with other layers, too: {type(attn).__name__}")
+            raise ValueError(f"{type(attn).__name__} has other layers, which are not supported")
 
     def forward(self, x, attn_mask=None, is_causal=False):  # the arguments of timm's Attention
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, dim)
 
     def forward(self, tokens, masks):
-        # Prefix tokens are always hidden: they have attended to the whole image, and would
+        # Prefix tokens are always hidden: they summarize the whole image, and would
         # reveal hidden patches. Positions are added after masking, so hidden tokens keep theirs.
         visible = F.pad(masks.to(tokens), (self.num_prefix, 0))  # (B, K, T), 0 for prefix
         x = tokens[:, None] * visible[..., None]  # (B, 1, T, D) * (B, K, T, 1)
@@ -162,7 +162,7 @@ class MaskEmbed(nn.Module):
         self.to(next(vit.parameters()))  # its device and dtype
 
     def forward(self, images, masks):
-        return self.decoder(self.encoder(images), masks)  # encoder with head, once for K masks
+        return self.decoder(self.encoder(images), masks)  # the encoder runs once for K masks
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -177,8 +177,8 @@ LETTERS = " ACEHKSTX"  # what a cell of a picture can contain; index 0 is nothin
 
 
 def draw_letters(count, size=48, seed=0):
-    """Draws 1 to 4 letters in a grid of 3 x 3 cells, on noise. Returns a list of RGB images, and an
-    int array (count, 3, 3) with the letter in each cell of an image, as an index into LETTERS."""
+    """Draws pictures of 1 to 4 letters in 3 x 3 cells, on noise. Returns a list of RGB images and an
+    int array (count, 3, 3) with the letter in each cell, as an index into LETTERS."""
     rng = np.random.default_rng(seed)
     font = ImageFont.load_default(0.376 * size)  # capitals are nearly as high as a cell
     pictures = []
@@ -198,7 +198,7 @@ def draw_letters(count, size=48, seed=0):
 
 class Folder(Dataset):
     """The images in a folder and its subfolders, sorted by path: [i] -> RGB image. A file that
-    cannot be read is reported and replaced by a random other one. ValueError after 20 of them."""
+    cannot be read is reported and replaced by a random one. Raises ValueError after 20 of them."""
     def __init__(self, folder):
         paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
         paths = sorted(os.fsencode(path) for path in paths if is_image_file(path))
@@ -237,7 +237,7 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        # This reseeds the global generators. Transforms use both, and masks the second one.
+        # This reseeds the global generators. Transforms use both, and masks use the second.
         random.seed(f"{self.seed} {epoch} {i}")
         torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed is slower
         masks = sample_masks(1, self.num_patches, self.num_masks, self.keep)[0]
@@ -245,9 +245,9 @@ class MaskedImages(Dataset):
 
 
 def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
-    """Returns the MaskedImages to train `vit` on and those to validate it on: images in a folder,
-    or pictures of letters if it is None. If the folder lacks train/ or val/, every 100th image is
-    held out (every 10th of fewer than 1000). Raises ValueError if there are no images."""
+    """Returns the MaskedImages to train and to validate `vit` on: the images in a folder, or
+    pictures of letters if it is None. If the folder lacks train/ or val/, every 100th image is
+    held out (every 10th if there are fewer than 1000). Raises ValueError if there are no images."""
     size, num_patches = vit.patch_embed.img_size, vit.patch_embed.num_patches
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r}")
@@ -286,13 +286,13 @@ def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, see
 
 
 # ---- training ------------------------------------------------------------------------------------
-RANK = int(os.environ.get("RANK", 0))  # the number of this process; torchrun sets it
+RANK = int(os.environ.get("RANK", 0))  # the index of this process; torchrun sets it
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes
 
 
 def init_distributed():
-    """Joins torchrun's process group, if there are several processes, and returns the device of
-    this one. Raises ValueError if there are more processes than GPUs."""
+    """Joins torchrun's process group if there are several processes. Returns the device of this
+    one. Raises ValueError if there are more processes than GPUs."""
     device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -334,7 +334,7 @@ def evaluate(model, teacher, loader, bf16=False):
 
 def train(model, teacher, train_set, val_set, args, saved=None):
     """Trains the model with the flags in `args`, from the start or from `saved`, the contents of a
-    last.pt. Raises FloatingPointError if the loss is not finite when it logs or saves."""
+    last.pt. Raises FloatingPointError if a logged loss or its gradient is not finite."""
     device = teacher.scale.device
     cuda = device.type == "cuda"
     bf16 = args.dtype == "bfloat16"
@@ -355,7 +355,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         teacher.scale /= target_std
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64  # one per kind of block, mode and batch size
-        torch._dynamo.config.optimize_ddp = False  # for models that are one graph; ours are blocks
+        torch._dynamo.config.optimize_ddp = False  # only for whole models; we compile blocks
         for block in [*teacher.vit.blocks, *model.encoder.blocks, *model.decoder.blocks]:
             block.compile(dynamic=False)
     val_loss, _ = evaluate(model, teacher, val_loader, bf16)
@@ -414,7 +414,7 @@ def log(args, **entry):
 
 
 def load_last(args):
-    """Returns the contents of last.pt in args.out, or None without it. Raises ValueError if it
+    """Returns the contents of last.pt in args.out, or None if it is absent. Raises ValueError if it
     cannot be read, if --resume is missing, or if a setting that changes the result differs."""
     path = f"{args.out}/last.pt"
     if not os.path.exists(path):
@@ -496,7 +496,7 @@ def demo(args):
     probes = [probe(vit.eval(), block, images[-2000:], labels[-2000:]) for block in range(3)]
     results = {"teacher": max(probes, key=lambda result: result[0])}  # (IoU, predictions)
     for name, num_masks, keep in (("control", 1, 1.0), ("aligned", args.num_masks, args.keep)):
-        teacher = Teacher(vit, skip_blocks=0)  # with only 3 blocks, every one counts
+        teacher = Teacher(vit, skip_blocks=0)  # none, because there are only 3 blocks
         teacher.scale /= teacher(images[:500], sample_masks(500, 36, num_masks, keep)).std()
         model = MaskEmbed(vit, args.softcap)
 
@@ -508,7 +508,7 @@ def demo(args):
         results[name] = probe(model.encoder.eval(), 2, images[-2000:], labels[-2000:])
 
     print("Mean IoU over letters in 1000 new pictures (1 is perfect; teacher: its best block):")
-    sheet = Image.new("RGB", (1750, 1000), "black")  # a picture of 6 x 6 patches has 240 x 240
+    sheet = Image.new("RGB", (1750, 1000), "black")  # each picture has 240 x 240 pixels
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(36)
     draw.text((10, 80), "green: right\nred: wrong", "white", font)
     for column in range(6):
@@ -536,15 +536,15 @@ def parse_args(argv=None):
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm's NAME.TAG")
-    add("--pretrained", action=yes_no, default=True, help="weights from the hub, else random ones")
-    add("--checkpoint", metavar="FILE", help="weights from this file instead")
+    add("--pretrained", action=yes_no, default=True, help="load timm's weights, or use random ones")
+    add("--checkpoint", metavar="FILE", help="load the weights from this file instead")
     add("--img-size", type=int, help="side in pixels (None: the model's own)")
     add("--softcap", type=float, default=30.0, help="cap on the encoder's logits (0: no cap)")
-    add("--skip-blocks", type=int, default=1, help="last blocks that the teacher leaves out")
-    add("--num-masks", type=int, default=3, choices=[1, 2, 3], help="random, complement, full")
-    add("--keep", type=float, help="probability of a visible patch (None: uniform masks)")
+    add("--skip-blocks", type=int, default=1, help="number of last blocks that the teacher omits")
+    add("--num-masks", type=int, default=3, choices=[1, 2, 3], help="random, complement, full mask")
+    add("--keep", type=float, help="probability of a visible patch (None: random)")
     add("--data", metavar="DIR", help="folder of images (None: built-in pictures of letters)")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="to load images, per process")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="loader workers per process")
     add("--epochs", type=int, default=5, help="passes over the images")
     add("--warmup-epochs", type=int, default=0, help="epochs in which the learning rate rises")
     add("--batch-size", type=int, default=32, help="images per process and micro-batch")
@@ -573,8 +573,8 @@ def parse_args(argv=None):
 
 
 def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
-    """Returns a timm ViT with weights from the hub, from a file, or random. If the file is for
-    another image size, its position embeddings are resampled. Raises ValueError if that fails."""
+    """Returns a timm ViT with random weights, or weights from the hub or a file. If the file is
+    for another image size, position embeddings are resampled. Raises ValueError on failure."""
     try:
         vit = timm.create_model(name, pretrained and not checkpoint, img_size=img_size)
         vit = without_head(vit)  # the head in a file may differ or be missing

@@ -111,7 +111,7 @@ def test_teacher_leaves_out_blocks_and_scales():
 
 
 # The authors' encoder and decoder (commit 092ed8e, timm 1.0.8 to 1.0.12, float64) gave these
-# numbers with the ViTs, images and masks of `tiny`. Apply `fill` to their modules to repeat it.
+# numbers with the ViTs, images and masks of `tiny`. To repeat this, apply `fill` to their modules.
 ORACLE = {  # mean and std of target, mean and std of prediction, number of parameters, loss without
     # soft cap after four steps of AdamW, loss before each of them, norm of the first gradient
     "clip": [0.040345193349, 1.068894249814, -0.001899014298, 0.404346847255, 73216, 0.755322188884,
@@ -413,7 +413,7 @@ if __name__ == "__main__":  # two tests run this file as a program
 
     class DDP(nn.parallel.DistributedDataParallel):
         def __init__(self, model):
-            os.register_at_fork(before=lambda: os._exit(1))  # NCCL may not be forked from now on
+            os.register_at_fork(before=lambda: os._exit(1))  # with NCCL, forking is unsafe now
             super().__init__(model)
 
     nn.parallel.DistributedDataParallel = DDP
