@@ -177,7 +177,7 @@ LETTERS = " ACEHKSTX"  # what a cell of a picture can contain; index 0 is nothin
 
 
 def draw_letters(count, size=48, seed=0):
-    """Draws pictures of 1 to 4 letters in 3 x 3 cells, on noise. Returns a list of RGB images and an
+    """Draws pictures of 1 to 4 letters in 3 x 3 cells on noise. Returns a list of RGB images and an
     int array (count, 3, 3) with the letter in each cell, as an index into LETTERS."""
     rng = np.random.default_rng(seed)
     font = ImageFont.load_default(0.376 * size)  # capitals are nearly as high as a cell
