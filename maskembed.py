@@ -111,7 +111,7 @@ class SoftcapAttention(nn.Module):
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # so q k is a / c; scale: 1 / sqrt(dim)
+        q = self.q_norm(q) * (self.scale / self.softcap)  # so that q @ k is a / c
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)
