@@ -219,7 +219,7 @@ class Folder(Dataset):
                     image = image.convert("I").point(lambda value: value / 256)
                 return image.convert("RGB")
             except Exception as error:  # Pillow raises many types
-                tqdm.write(f"skipped {path}: {error}", file=sys.stderr)
+                tqdm.write(f"replaced {path}: {error}", file=sys.stderr)
             i = random.randrange(len(self))  # not the next one: broken files are often adjacent
         raise ValueError(f"20 files could not be read; the last one was {path}")
 
@@ -585,7 +585,7 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
                 raise ValueError(f"it lacks {keys.missing_keys[:3]} or has more blocks")
     except Exception as error:  # timm, torch and safetensors raise many types
-        hint = "" if checkpoint else " (offline, use --checkpoint or --no-pretrained)"
+        hint = " (offline, use --no-pretrained)" if pretrained and not checkpoint else ""
         raise ValueError(f"cannot load {checkpoint or name}: {type(error).__name__}: {error}{hint}")
     return vit
 

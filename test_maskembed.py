@@ -311,7 +311,7 @@ def test_unreadable_images_and_16_bits(pictures, tmp_path, capsys):
     for i, path in enumerate(pictures.rglob("*.*")):
         (tmp_path / f"{31 + i}{path.suffix}").write_bytes(path.read_bytes())
     maskembed.main(flags(tmp_path, tmp_path / "out"))
-    assert f"skipped {tmp_path}/00.tif: its pixels are floating" in capsys.readouterr().err
+    assert f"replaced {tmp_path}/00.tif: its pixels are floating" in capsys.readouterr().err
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(ramp).save(tmp_path / "00.png")
     assert np.abs(np.asarray(maskembed.Folder(tmp_path)[0])[..., 0] - ramp / 257).max() < 1
