@@ -286,8 +286,8 @@ def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, see
 
 
 # ---- training ------------------------------------------------------------------------------------
-RANK = int(os.environ.get("RANK", 0))  # the index of this process; torchrun sets it
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes; torchrun sets both
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # the index of this process
 
 
 def init_distributed():
@@ -329,7 +329,7 @@ def evaluate(model, teacher, loader, bf16=False):
     if WORLD > 1:
         torch.distributed.all_reduce(sums)
     _, loss, mean, mean_square = (sums / sums[0]).tolist()
-    return loss, math.sqrt(max(0, mean_square - mean ** 2))
+    return loss, math.sqrt(max(mean_square - mean ** 2, 0))
 
 
 def train(model, teacher, train_set, val_set, args, saved=None):
@@ -425,7 +425,7 @@ def load_last(args):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         old = dict(saved["settings"])
     except Exception as error:  # torch raises many types for a broken or foreign file
-        raise ValueError(f"cannot read {path} as a checkpoint of this program: {error}")
+        raise ValueError(f"cannot read {path}, use another --out: {type(error).__name__}: {error}")
     names = ("model pretrained checkpoint img_size softcap skip_blocks num_masks keep epochs "
              "warmup_epochs lr seed dtype num_images images_per_update").split()
     changed = {name: old.get(name) for name in names if old.get(name) != getattr(args, name)}
@@ -576,10 +576,10 @@ def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
     """Returns a timm ViT with random weights, or weights from the hub or a file. If the file is
     for another image size, position embeddings are resampled. Raises ValueError on failure."""
     try:
-        vit = timm.create_model(name, pretrained and not checkpoint, img_size=img_size)
+        vit = timm.create_model(name, pretrained and checkpoint is None, img_size=img_size)
         vit = without_head(vit)  # the head in a file may differ or be missing
         vit(torch.zeros(1, 3, *vit.patch_embed.img_size))  # fails now if img_size does not fit
-        if checkpoint:
+        if checkpoint is not None:
             keys = timm.models.load_checkpoint(vit, checkpoint, strict=False, weights_only=True,
                                                filter_fn=checkpoint_filter_fn)
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
@@ -610,8 +610,8 @@ def main(argv=None):
         args.images_per_update = WORLD * args.accum * args.batch_size
         if args.num_images < args.images_per_update:
             raise ValueError(f"there are {args.num_images} images to train on, but an update needs "
-                             f"{args.images_per_update}: lower --batch-size or --accum")
-        train_set[0, 0]  # fails now if images cannot be read
+                             f"{args.images_per_update}: add images, or lower --batch-size")
+        train_set[0, 0], val_set[0, 0]  # fails now if images cannot be read
         saved = load_last(args)
         if WORLD > 1:  # processes that disagree would wait for each other forever
             found = [None] * WORLD  # what each process found
