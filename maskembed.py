@@ -287,7 +287,7 @@ def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, see
 
 # ---- training ------------------------------------------------------------------------------------
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes; torchrun sets both
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # the index of this process
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the index of this process
 
 
 def init_distributed():
