@@ -14,7 +14,7 @@ This works for every mask only if each patch embedding carries what its own patc
     paper  in this file       shape
     x      images             (B, C, H, W)   B images of C channels, H x W pixels
     m      masks              (B, K, N)      K masks for each image, N patches; 1 = visible
-    s f    Teacher            (B, K, T, D)   T = P + N tokens of D channels: prefix, then patches
+    s f    Teacher            (B, K, T, D)   T = P + N tokens of width D: prefix, then patches
     g      MaskEmbed.encoder  (B, T, D)      P prefix tokens: the class token, registers
     h      MaskEmbed.decoder  (B, K, T, D)
     s      Teacher.scale      one number     1 / std of f(m * x) over the validation images
@@ -83,7 +83,7 @@ class Teacher(nn.Module):
         self.vit = without_head(vit).requires_grad_(False)
         if not 0 <= skip_blocks < len(vit.blocks):
             raise ValueError(f"cannot skip {skip_blocks} of {len(vit.blocks)} blocks")
-        # The authors leave out the last block. A likely reason: it mainly serves the pooled output.
+        # The authors leave out the last block. Our guess: it mainly serves the pooled output.
         self.vit.blocks = self.vit.blocks[:len(vit.blocks) - skip_blocks]
         self.register_buffer("scale", torch.ones((), device=next(vit.parameters()).device))
 
@@ -286,8 +286,8 @@ def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, see
 
 
 # ---- training ------------------------------------------------------------------------------------
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes; torchrun sets both
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the index of this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes, from torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the index of this one
 
 
 def init_distributed():
@@ -364,7 +364,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
                            args.seed, start)
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
                               pin_memory=cuda))
-    # DDP starts NCCL, after which forking is unsafe. The workers of both loaders exist by now.
+    # Only after both loaders have forked their workers: DDP starts NCCL, then forking is unsafe.
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     for step in tqdm(range(start + 1, total + 1), initial=start, total=total, disable=RANK > 0):
