@@ -169,7 +169,9 @@ class MaskEmbed(nn.Module):
 def maskembed_loss(model, teacher, images, masks):
     """The objective above, for a batch: images (B, C, H, W), masks (B, K, N) -> scalar."""
     target = teacher(images, masks)  # first, because the model's activations stay in memory
-    return F.mse_loss(model(images, masks), target)
+    prediction = model(images, masks)
+    assert prediction.shape == target.shape, "mse_loss would broadcast them"
+    return F.mse_loss(prediction, target)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -188,7 +190,8 @@ def draw_letters(count, size=48, seed=0):
         picture = noise.resize((size, size), Image.BICUBIC)
         for place in rng.choice(9, rng.integers(1, 5), replace=False):
             row, column = divmod(place, 3)
-            letter = cells[n, row, column] = rng.integers(1, len(LETTERS))
+            letter = rng.integers(1, len(LETTERS))
+            cells[n, row, column] = letter
             centre = (column + 0.5) * size / 3, (row + 0.5) * size / 3
             colour = tuple(rng.choice([0, 255], 3).tolist())
             ImageDraw.Draw(picture).text(centre, LETTERS[letter], colour, font, anchor="mm")
@@ -214,9 +217,8 @@ class Folder(Dataset):
             path = os.fsdecode(self.paths[i])
             try:
                 image = Image.open(path)
-                assert image.mode != "F", "its pixels are floating-point numbers of unknown range"
-                if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip at 255
-                    image = image.convert("I").point(lambda value: value / 256)
+                if image.mode.startswith(("I", "F")):  # convert("RGB") would clip values above 255
+                    raise ValueError("a greyscale image of 16 or 32 bits; convert it to 8")
                 return image.convert("RGB")
             except Exception as error:  # Pillow raises many types
                 tqdm.write(f"replaced {path}: {error}", file=sys.stderr)
@@ -256,9 +258,10 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
         train_images, val_images = Folder(f"{folder}/train"), Folder(f"{folder}/{names[0]}")
     else:
         images = Folder(folder) if folder else draw_letters(900, max(size), seed)[0]
+        indices = np.arange(len(images))
         every = 100 if len(images) >= 1000 else 10
-        train_images = Subset(images, np.flatnonzero(np.arange(len(images)) % every))
-        val_images = Subset(images, range(0, len(images), every))
+        train_images = Subset(images, indices[indices % every > 0])
+        val_images = Subset(images, indices[indices % every == 0])
     config = timm.data.resolve_model_data_config(vit)  # mean, std, interpolation of its pretraining
     config["input_size"] = (3, *size)
     val_transform = timm.data.create_transform(**config)
@@ -338,15 +341,14 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     device = teacher.scale.device
     cuda = device.type == "cuda"
     bf16 = args.dtype == "bfloat16"
-    per_epoch = len(train_set) // (WORLD * args.accum * args.batch_size)  # updates
+    per_epoch = len(train_set) // args.images_per_update  # updates
     total = args.epochs * per_epoch
     val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: always the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers,
                             persistent_workers=args.workers > 0)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    start = 0
+    start = saved["step"] if saved else 0
     if saved:
-        start = saved["step"]
         model.load_state_dict(saved.pop("model"))  # pop: it is large
         optimizer.load_state_dict(saved.pop("optimizer"))
         teacher.scale.fill_(saved["scale"])
@@ -376,7 +378,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = maskembed_loss(parallel, teacher, images, masks) / args.accum
             loss.backward()
-            mean_loss += loss.detach()
+            mean_loss += loss.detach() / WORLD
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step - 1, total, args.warmup_epochs * per_epoch, args.lr)
         optimizer.param_groups[0]["lr"] = lr
@@ -390,7 +392,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
                 torch.distributed.all_reduce(mean_loss)  # adds up over processes
             if not (mean_loss.isfinite() and gradient_norm.isfinite()):
                 raise FloatingPointError(f"step {step}: loss {mean_loss}, gradient {gradient_norm}")
-            log(args, step=step, loss=mean_loss.item() / WORLD, lr=lr)
+            log(args, step=step, loss=mean_loss.item(), lr=lr)
         if save_now and RANK == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          scale=teacher.scale.item(), settings=vars(args))
@@ -566,9 +568,8 @@ def parse_args(argv=None):
         highest = 1 if name == "keep" else 2**31
         if type(value) in (int, float) and not lowest <= value <= highest:  # nan, too
             parser.error(f"--{name.replace('_', '-')} {value} is not in {lowest} to {highest}")
-    if args.warmup_epochs >= args.epochs:
-        parser.error("--warmup-epochs must be less than --epochs")
     args.out = args.out or ("output/demo" if args.demo else f"output/{args.model}")
+    args.images_per_update = WORLD * args.accum * args.batch_size  # not a flag, but used like one
     return args
 
 
@@ -606,8 +607,7 @@ def main(argv=None):
         teacher = Teacher(vit, args.skip_blocks).to(device)
         model = MaskEmbed(vit, args.softcap).to(device)
         train_set, val_set = open_data(vit, args.data, args.num_masks, args.keep, args.seed)
-        args.num_images = len(train_set)  # these two are not flags, but --resume compares them
-        args.images_per_update = WORLD * args.accum * args.batch_size
+        args.num_images = len(train_set)  # not a flag, but --resume compares it
         if args.num_images < args.images_per_update:
             raise ValueError(f"there are {args.num_images} images to train on, but an update needs "
                              f"{args.images_per_update}: add images, or lower --batch-size")
