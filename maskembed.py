@@ -65,12 +65,12 @@ def mask_pixels(images, masks, patch_size):
 # ---- teacher, encoder, decoder -------------------------------------------------------------------
 def without_head(vit):
     """Returns a copy of a timm ViT without pooling and head: images (B, C, H, W) -> all tokens
-    (B, T, D). Raises ValueError if vit is not a plain VisionTransformer."""
+    (B, T, D). Raises ValueError if vit is not a plain ViT, or pools before its final norm."""
     if (type(vit) is not VisionTransformer or type(vit.patch_embed) is not timm.layers.PatchEmbed
             or type(vit.blocks[0]) is not Block or not isinstance(vit.norm, nn.LayerNorm)):
-        raise ValueError(f"{type(vit).__name__} is not a plain ViT with a LayerNorm as vit.norm")
+        raise ValueError(f"{type(vit).__name__} is not a plain timm ViT whose norm is a LayerNorm")
     vit = copy.deepcopy(vit)
-    vit.reset_classifier(0, global_pool="")
+    vit.reset_classifier(0, global_pool="")  # also removes SigLIP's attention pooling
     return vit
 
 
@@ -134,8 +134,8 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, dim)
 
     def forward(self, tokens, masks):
-        # Prefix tokens are always hidden: they summarize the whole image, and would
-        # reveal hidden patches. Positions are added after masking, so hidden tokens keep theirs.
+        # Prefix tokens are always hidden: they summarize the whole image, so the decoder could do
+        # without the patches. Positions are added after masking, so hidden tokens keep theirs.
         visible = F.pad(masks.to(tokens), (self.num_prefix, 0))  # (B, K, T), 0 for prefix
         x = tokens[:, None] * visible[..., None]  # (B, 1, T, D) * (B, K, T, 1)
         x = self.blocks((x + self.pos_embed).flatten(0, 1))  # (B * K, T, D)
@@ -156,7 +156,7 @@ class MaskEmbed(nn.Module):
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
         self.encoder.head = nn.Linear(vit.embed_dim, vit.embed_dim)
         # As in the authors' code, the head starts at zero, so the decoder sees only its positions.
-        # In the first step, the rest of the encoder therefore gets no gradient.
+        # Zero weights also pass no gradient back, so the first step does not train the blocks.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
         self.to(next(vit.parameters()))  # its device and dtype
@@ -168,7 +168,7 @@ class MaskEmbed(nn.Module):
 # ---- loss ----------------------------------------------------------------------------------------
 def maskembed_loss(model, teacher, images, masks):
     """The objective above, for a batch: images (B, C, H, W), masks (B, K, N) -> scalar."""
-    target = teacher(images, masks)  # first, because the model's activations stay in memory
+    target = teacher(images, masks)  # first: the model's activations then take up memory
     prediction = model(images, masks)
     assert prediction.shape == target.shape, "mse_loss would broadcast them"
     return F.mse_loss(prediction, target)
@@ -201,7 +201,7 @@ def draw_letters(count, size=48, seed=0):
 
 class Folder(Dataset):
     """The images in a folder and its subfolders, sorted by path: [i] -> RGB image. A file that
-    cannot be read is reported and replaced by a random one. Raises ValueError after 20 of them."""
+    cannot be read is reported and replaced by a random one. Raises ValueError after 20 in a row."""
     def __init__(self, folder):
         paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
         paths = sorted(os.fsencode(path) for path in paths if is_image_file(path))
@@ -239,7 +239,7 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        # This reseeds the global generators. Transforms use both, and masks use the second.
+        # This reseeds the global generators of `random` and torch, which transforms draw from.
         random.seed(f"{self.seed} {epoch} {i}")
         torch.default_generator.manual_seed(random.getrandbits(63))  # torch.manual_seed is slower
         masks = sample_masks(1, self.num_patches, self.num_masks, self.keep)[0]
@@ -247,14 +247,14 @@ class MaskedImages(Dataset):
 
 
 def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
-    """Returns the MaskedImages to train and to validate `vit` on: the images in a folder, or
+    """Returns the MaskedImages to train and to validate `vit` on: RGB images from a folder, or
     pictures of letters if it is None. If the folder lacks train/ or val/, every 100th image is
     held out (every 10th if there are fewer than 1000). Raises ValueError if there are no images."""
     size, num_patches = vit.patch_embed.img_size, vit.patch_embed.num_patches
     if folder is not None and not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r}")
     names = [name for name in ("val", "valid", "validation") if os.path.isdir(f"{folder}/{name}")]
-    if names and os.path.isdir(f"{folder}/train"):
+    if folder and names and os.path.isdir(f"{folder}/train"):
         train_images, val_images = Folder(f"{folder}/train"), Folder(f"{folder}/{names[0]}")
     else:
         images = Folder(folder) if folder else draw_letters(900, max(size), seed)[0]
@@ -274,14 +274,14 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
 
 
 def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, seed=0, start=0):
-    """Yields the micro-batches of a process, from update `start` on, as lists of keys (epoch, i).
-    It is a batch_sampler for MaskedImages. An update has the same images however many processes and
-    micro-batches share it. An epoch's last images, too few for an update, are skipped."""
+    """Yields the micro-batches of a process for all epochs, from update `start` on: lists of keys
+    (epoch, i). It is a batch_sampler for one pass over MaskedImages. An update has the same images
+    however many processes and micro-batches share it. An epoch's left-over images are skipped."""
     size = accum * world * batch_size  # images per update
     per_epoch = num_images // size  # updates
     for step in range(start, epochs * per_epoch):
         epoch, update = divmod(step, per_epoch)
-        if step == start or update == 0:
+        if step == start or update == 0:  # a new epoch: shuffle again
             order = np.random.default_rng([seed, epoch]).permutation(num_images)
         images = order[update * size:(update + 1) * size].reshape(accum, world, batch_size)
         for micro_batch in images[:, rank].tolist():
@@ -309,8 +309,8 @@ def init_distributed():
 
 
 def learning_rate(step, total, warmup, peak):
-    """Returns the learning rate for an update, counted from 0. It rises linearly from peak / 10 for
-    `warmup` updates. Then it follows a cosine that falls from peak at 0 to peak / 10 at `total`."""
+    """Returns the learning rate for update `step`, counted from 0. It rises linearly from peak / 10
+    for `warmup` updates. After that it is a cosine, from peak at step 0 to peak / 10 at `total`."""
     # As in the authors' code, the cosine starts at update 0, so the rate jumps down after warm-up.
     fraction = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
     return peak / 10 + fraction * (peak - peak / 10)
@@ -320,7 +320,7 @@ def learning_rate(step, total, warmup, peak):
 def evaluate(model, teacher, loader, bf16=False):
     """Returns the mean loss and the std of all target entries, over the data of all processes."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, target ** 2
+    sums = torch.zeros(4, dtype=torch.float64)  # on the CPU: of 1, loss, target, target ** 2
     model.eval()
     for images, masks in tqdm(loader, "validate", leave=False, disable=RANK > 0):
         images, masks = images.to(device), masks.to(device)
@@ -329,7 +329,7 @@ def evaluate(model, teacher, loader, bf16=False):
             loss = F.mse_loss(model(images, masks), target)
         sums += len(images) * torch.tensor([1, loss, target.mean(), target.square().mean()])
     model.train()
-    if WORLD > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     _, loss, mean, mean_square = (sums / sums[0]).tolist()
     return loss, math.sqrt(max(mean_square - mean ** 2, 0))
@@ -345,7 +345,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     total = args.epochs * per_epoch
     val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: always the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers,
-                            persistent_workers=args.workers > 0)
+                            persistent_workers=args.workers > 0)  # forked once, before DDP
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = saved["step"] if saved else 0
     if saved:
@@ -363,7 +363,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     val_loss, _ = evaluate(model, teacher, val_loader, bf16)
     log(args, step=start, val_loss=val_loss, scale=teacher.scale.item())
     order = training_order(len(train_set), args.epochs, args.batch_size, args.accum, RANK, WORLD,
-                           args.seed, start)
+                           args.seed, start)  # of all epochs
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
                               pin_memory=cuda))
     # Only after both loaders have forked their workers: DDP starts NCCL, then forking is unsafe.
@@ -373,7 +373,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         mean_loss = torch.zeros((), device=device)
         for micro in range(args.accum):
             images, masks = [x.to(device, non_blocking=cuda) for x in next(batches)]
-            if WORLD > 1:  # DDP averages gradients in backward(): let only the last one do so
+            if WORLD > 1:  # DDP averages gradients in backward(): only for the last micro-batch
                 parallel.require_backward_grad_sync = micro == args.accum - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = maskembed_loss(parallel, teacher, images, masks) / args.accum
@@ -411,7 +411,7 @@ def log(args, **entry):
         with open(f"{args.out}/log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
         if args.wandb:
-            import wandb  # only --wandb needs it
+            import wandb
             wandb.log(entry, step=entry["step"])
 
 
@@ -419,7 +419,7 @@ def load_last(args):
     """Returns the contents of last.pt in args.out, or None if it is absent. Raises ValueError if it
     cannot be read, if --resume is missing, or if a setting that changes the result differs."""
     path = f"{args.out}/last.pt"
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return None
     if not args.resume:
         raise ValueError(f"{path} exists: continue with --resume, or choose another --out")
@@ -442,6 +442,7 @@ def load_aligned(path):
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     settings = saved["settings"]
     vit = timm.create_model(settings["model"], img_size=settings["img_size"])
+    vit.pretrained_cfg["input_size"] = (3, *vit.patch_embed.img_size)  # for timm's transforms
     model = MaskEmbed(vit, settings["softcap"])
     model.load_state_dict(saved["model"])
     model.encoder.head = nn.Identity()
@@ -574,20 +575,20 @@ def parse_args(argv=None):
 
 
 def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
-    """Returns a timm ViT with random weights, or weights from the hub or a file. If the file is
-    for another image size, position embeddings are resampled. Raises ValueError on failure."""
+    """Returns a timm ViT with random weights, or weights from the hub or a file. If the file is for
+    another image or patch size, timm resamples its embeddings. Raises ValueError on failure."""
     try:
         vit = timm.create_model(name, pretrained and checkpoint is None, img_size=img_size)
         vit = without_head(vit)  # the head in a file may differ or be missing
         vit(torch.zeros(1, 3, *vit.patch_embed.img_size))  # fails now if img_size does not fit
         if checkpoint is not None:
+            open(checkpoint).close()  # timm's own message for a missing file is empty
             keys = timm.models.load_checkpoint(vit, checkpoint, strict=False, weights_only=True,
                                                filter_fn=checkpoint_filter_fn)
             if keys.missing_keys or any(key.startswith("blocks.") for key in keys.unexpected_keys):
-                raise ValueError(f"it lacks {keys.missing_keys[:3]} or has more blocks")
+                raise ValueError(f"it lacks {keys.missing_keys[:3]} or has other blocks")
     except Exception as error:  # timm, torch and safetensors raise many types
-        hint = " (offline, use --no-pretrained)" if pretrained and not checkpoint else ""
-        raise ValueError(f"cannot load {checkpoint or name}: {type(error).__name__}: {error}{hint}")
+        raise ValueError(f"cannot load {checkpoint or name}: {type(error).__name__}: {error}")
     return vit
 
 
@@ -599,8 +600,6 @@ def main(argv=None):
         tempfile.TemporaryFile(dir=args.out).close()  # fails now if the folder cannot be written
         if args.demo:
             return demo(args) if RANK == 0 else None
-        if args.wandb:
-            import wandb  # fails now if it is not installed
         device = init_distributed()
         torch.manual_seed(args.seed)
         vit = create_vit(args.model, args.pretrained, args.img_size, args.checkpoint)
@@ -609,21 +608,22 @@ def main(argv=None):
         train_set, val_set = open_data(vit, args.data, args.num_masks, args.keep, args.seed)
         args.num_images = len(train_set)  # not a flag, but --resume compares it
         if args.num_images < args.images_per_update:
-            raise ValueError(f"there are {args.num_images} images to train on, but an update needs "
-                             f"{args.images_per_update}: add images, or lower --batch-size")
+            raise ValueError(f"{args.num_images} images do not fill an update: lower --batch-size")
         train_set[0, 0], val_set[0, 0]  # fails now if images cannot be read
         saved = load_last(args)
         if WORLD > 1:  # processes that disagree would wait for each other forever
-            found = [None] * WORLD  # what each process found
-            torch.distributed.all_gather_object(found, (args.num_images, saved and saved["step"]))
-            if len(set(found)) > 1:
-                raise ValueError("the processes must see the same --data and last.pt, but found "
-                                 f"these numbers of images and steps: {found}")
+            mine = dict(vars(args), step=saved["step"] if saved else 0)
+            everyone = [None] * WORLD
+            torch.distributed.all_gather_object(everyone, mine)
+            differ = [name for name in mine if any(mine[name] != other[name] for other in everyone)]
+            if differ:
+                raise ValueError(f"--data, last.pt or settings differ between processes: {differ}")
+        if args.wandb and RANK == 0:
+            import wandb  # only --wandb needs it
+            wandb.init(project="maskembed", name=os.path.basename(args.out), config=vars(args))
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"maskembed.py: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    if args.wandb and RANK == 0:
-        wandb.init(project="maskembed", name=os.path.basename(args.out), config=vars(args))
     if RANK == 0:
         tag = vit.pretrained_cfg.get("tag") if args.pretrained else "random"
         print(f"{args.model}, weights: {args.checkpoint or tag}, on {device} in {args.dtype}\n"

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.models import VisionTransformer
+from torch.utils.data import default_collate
 
 import maskembed
 from maskembed import MaskEmbed, Teacher, mask_pixels, maskembed_loss
@@ -46,14 +47,15 @@ def tiny(name):
     return vit, images.reshape(shape), masks
 
 
-def descend(model, teacher, images, masks, steps):
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+def descend(model, teacher, batches, rates):
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     losses, norms = [], []
-    for _ in range(steps):
+    for (images, masks), lr in zip(batches, rates, strict=True):
         loss = maskembed_loss(model, teacher, images, masks)
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         losses.append(loss.item())
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
     return losses, norms
@@ -87,10 +89,12 @@ def test_mask_pixels_by_hand():
 @pytest.mark.parametrize("name", VITS)
 def test_mask_equivalence(name):
     vit, images, masks = tiny(name)
-    teacher = Teacher(vit, skip_blocks=0)
+    teacher = Teacher(vit, skip_blocks=0).train()
+    teacher.vit.blocks[0].mlp.drop1.p = 0.5  # has no effect, because the ViT stays in eval mode
+    teacher.scale.fill_(2.0)
     target = teacher(images, masks)
     # The full mask gives timm's own output.
-    torch.testing.assert_close(target[:, 2], vit.forward_features(images))
+    torch.testing.assert_close(target[:, 2], 2 * vit.forward_features(images))
     # Hidden pixels have no influence at all.
     visible = mask_pixels(torch.ones_like(images), masks, vit.patch_embed.patch_size[0])[:, 0] == 1
     changed = torch.where(visible, images, torch.randn_like(images))
@@ -98,16 +102,7 @@ def test_mask_equivalence(name):
     # Masking pixels is the same as using the embedding of a blank patch where the mask is 0.
     embedding, blank = vit.patch_embed(images), vit.patch_embed(torch.zeros_like(images))
     vit.patch_embed.forward = lambda x: torch.where(masks[:, 0, :, None] == 1, embedding, blank)
-    torch.testing.assert_close(target[:, 0], vit.forward_features(images))
-
-
-def test_teacher_leaves_out_blocks_and_scales():
-    vit, images, masks = tiny("clip")
-    teacher = Teacher(vit, skip_blocks=1).train()
-    teacher.vit.blocks[0].mlp.drop1.p = 0.5  # has no effect, because the ViT stays in eval mode
-    teacher.scale.fill_(2.0)
-    vit.blocks = vit.blocks[:2]
-    torch.testing.assert_close(teacher(images, masks)[:, 2], 2 * vit.forward_features(images))
+    torch.testing.assert_close(target[:, 0], 2 * vit.forward_features(images))
 
 
 # The authors' encoder and decoder (commit 092ed8e, timm 1.0.8 to 1.0.12, float64) gave these
@@ -130,7 +125,7 @@ def test_numbers_of_the_authors_code(name):
     fill(model.decoder, phase=2)
     target, prediction = teacher(images, masks), model(images, masks)
     loss, target_std = maskembed.evaluate(model, teacher, zip(images.split(1), masks.split(1)))
-    losses, norms = descend(model, teacher, images, masks, steps=4)
+    losses, norms = descend(model, teacher, 4 * [(images, masks)], 4 * [3e-3])
     uncapped.load_state_dict(model.state_dict())
     ours = [target.mean(), target.std(correction=0), prediction.mean(),
             prediction.std(correction=0), torch.tensor(sum(p.numel() for p in model.parameters())),
@@ -174,7 +169,7 @@ def test_decoder_sees_only_visible_patches(name):
 
 def test_loss_falls_on_one_batch():
     vit, images, masks = tiny("clip")
-    losses, _ = descend(MaskEmbed(vit), Teacher(vit), images, masks, steps=30)
+    losses, _ = descend(MaskEmbed(vit), Teacher(vit), 30 * [(images, masks)], 30 * [3e-3])
     assert losses[-1] < 0.2 * losses[0]
     with pytest.raises(AssertionError, match="broadcast"):
         maskembed_loss(MaskEmbed(vit), lambda *_: torch.zeros(2, 1, 17, 32), images, masks)
@@ -184,7 +179,7 @@ def test_loss_falls_on_one_batch():
     "resnet18", "vit_tiny_r_s16_p8_224", dict(global_pool="avg"), dict(scale_attn_norm=True)])
 def test_other_models_are_refused(model):
     vit = timm.create_model(model) if isinstance(model, str) else VisionTransformer(**TINY | model)
-    with pytest.raises(ValueError, match="not a plain ViT|other layers"):
+    with pytest.raises(ValueError, match="not a plain timm ViT|other layers"):
         MaskEmbed(vit)
 
 
@@ -231,15 +226,34 @@ def results(out):
     return torch.load(out / "last.pt", weights_only=True), entries
 
 
-def test_processes_and_micro_batches_change_nothing(pictures, tmp_path):
-    maskembed.main(flags(pictures, tmp_path / "one"))
+def test_one_process_and_two_and_a_plain_loop_agree(pictures, tmp_path, monkeypatch):
+    others = "--warmup-epochs 1 --num-masks 2 --keep 0.6 --seed 5".split()
+    runs, logged = [], []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        init=lambda **run: runs.append(run), log=lambda entry, step: logged.append(entry)))
+    maskembed.main(flags(pictures, tmp_path / "one", *others, "--wandb"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = flags(pictures, tmp_path / "two", "--batch-size", 2, "--accum", 2, "--workers", 1)
+    two = flags(pictures, tmp_path / "two", *others, "--batch-size=2", "--accum=2", "--workers=1")
     done = subprocess.run([*torchrun, __file__, *two], capture_output=True, text=True, timeout=100)
     assert "8 images per update: 2 processes x 2 micro-batches x 2" in done.stdout, done.stderr
     (one, one_log), (two, two_log) = results(tmp_path / "one"), results(tmp_path / "two")
+    assert logged == one_log and len(runs) == 1 and runs[0]["config"]["num_masks"] == 2
     torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=2e-4)
     torch.testing.assert_close(two_log, one_log, rtol=1e-4, atol=0)
+    # The same training as a plain loop.
+    torch.manual_seed(5)
+    vit = timm.create_model("test_vit", img_size=32)
+    teacher, model = Teacher(vit), MaskEmbed(vit)
+    train_set, val_set = maskembed.open_data(vit, pictures, 2, 0.6, seed=5)
+    images, masks = default_collate([val_set[0, i] for i in range(5)])
+    teacher.scale /= teacher(images, masks).std(correction=0)
+    order = maskembed.training_order(45, epochs=2, batch_size=8, seed=5)
+    batches = [default_collate([train_set[key] for key in keys]) for keys in order]
+    rates = [maskembed.learning_rate(step, 10, 5, peak=1e-3) for step in range(10)]
+    losses, norms = descend(model, teacher, batches, rates)
+    assert max(norms) > 1.2  # so clipping matters
+    assert [e["loss"] for e in one_log if "loss" in e] == pytest.approx(losses, rel=1e-4)
+    torch.testing.assert_close(one["model"], model.state_dict(), rtol=0, atol=1e-4)
 
 
 def refusal(capsys, arguments):
@@ -256,18 +270,17 @@ def test_processes_that_disagree_and_backends(pictures, tmp_path, capsys, monkey
     backends = []
     monkeypatch.setattr(maskembed, "WORLD", 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", backends.append)
-    for other in ((44, None), (45, 4)):  # another number of images, another step in last.pt
-        def gather(found, mine):
-            found[:] = [mine, other]
-        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        assert f"[(45, None), {other}]" in refusal(capsys, flags(pictures, tmp_path))
+    def gather(everyone, mine):
+        everyone[:] = [mine, dict(mine, lr=1, num_images=44, step=4)]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert "['lr', 'num_images', 'step']" in refusal(capsys, flags(pictures, tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as if there were two GPUs
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for has_nccl in (True, False):  # Windows has no NCCL
         monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
         assert maskembed.init_distributed() == torch.device("cuda", 0)
-    assert backends == ["gloo", "gloo", "cpu:gloo,cuda:nccl", "gloo"]
+    assert backends == ["gloo", "cpu:gloo,cuda:nccl", "gloo"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="more processes than GPUs"):
         maskembed.init_distributed()
@@ -297,7 +310,11 @@ def test_folders(pictures, tmp_path):
     vit = timm.create_model("test_vit")
     (tmp_path / "train").symlink_to(pictures)
     (tmp_path / "._00.jpg").write_bytes(b"a hidden file of macOS")
-    assert [len(data) for data in maskembed.open_data(vit, tmp_path)] == [45, 5]
+    train_set, val_set = maskembed.open_data(vit, tmp_path)
+    assert (len(train_set), len(val_set)) == (45, 5)
+    assert not set(train_set.images.indices) & set(val_set.images.indices)
+    assert "RandomHorizontalFlip(p=0.5)" in repr(train_set.transform)
+    assert "CenterCrop" in repr(val_set.transform) and "[0.5000, 0.5000" in repr(val_set.transform)
     for name in ("validation", "valid", "val"):
         (tmp_path / name).symlink_to(pictures)
         assert [len(data) for data in maskembed.open_data(vit, tmp_path)] == [50, 50]
@@ -338,10 +355,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(pictures, tmp_path, capsys, mon
         "--nope": "--nope", "--model vit_base_patch61_224": "vit_base_patch61_224",
         "--model vit_tiny_patch16_224 --pretrained": "vit_tiny_patch16_224",
         "--data nowhere": "nowhere", "--data empty": "empty", "--data=": "no folder ''",
-        "--data one": "0 images to train on", "--batch-size 64": "45 images", "--lr nan": "--lr",
+        "--data one": "0 images do not fill", "--batch-size 64": "45 images", "--lr nan": "--lr",
         "--epochs 0": "--epochs", "--warmup-epochs -1": "--warmup-epochs", "--keep 1.5": "--keep",
         "--img-size 8": "height (8)", "--model resnet18": "ResNet", "--skip-blocks 6": "6 blocks",
-        "--wandb": "wandb", "--checkpoint none": "none", "--checkpoint cut/last.pt": "cut",
+        "--wandb": "wandb", "--checkpoint none": "No such file", "--checkpoint cut/last.pt": "cut",
         "--checkpoint part.pt": "lacks", "--out one/image.png": "image.png", "--out /proc": "/proc",
         "--out cut --resume": "cut/last.pt", "--out foreign --resume": "foreign/last.pt",
     }.items():
@@ -351,29 +368,17 @@ def test_wrong_input_is_one_line_and_exit_code_2(pictures, tmp_path, capsys, mon
     assert not Path("out/last.pt").exists()
 
 
-def test_other_settings_and_wandb(pictures, tmp_path, monkeypatch):
-    runs, logged = [], []
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-        init=lambda **run: runs.append(run), log=lambda entry, step: logged.append(entry)))
-    others = "--num-masks 1 --keep 0.5 --softcap 0 --dtype bfloat16 --warmup-epochs 1 --wandb"
-    maskembed.main(flags(pictures, tmp_path, *others.split()))
-    saved, entries = results(tmp_path)
-    assert logged == entries and len(runs) == 1 and runs[0]["config"]["num_masks"] == 1
-    rates = [entry["lr"] for entry in entries if "lr" in entry]
-    assert rates[:2] == pytest.approx([1e-4, 1e-4 + 9e-4 / 5])
-    assert rates[-1] == saved["optimizer"]["param_groups"][0]["lr"]
-
-
 def test_compile_and_load_aligned(pictures, tmp_path, monkeypatch):
     real, compiled = nn.Module.compile, []
     monkeypatch.setattr(nn.Module, "compile", lambda block, **options: compiled.append(
         real(block, backend="eager", **options)))  # this backend needs no C++ compiler
-    maskembed.main(flags(pictures, tmp_path, "--compile", "--softcap", 0.1))
+    maskembed.main(flags(pictures, tmp_path, "--compile", "--softcap=0.1", "--dtype=bfloat16"))
     assert len(compiled) == 5 + 6 + 2  # the blocks of teacher, encoder and decoder
     model = MaskEmbed(timm.create_model("test_vit", img_size=32), softcap=0.1)
     model.load_state_dict(results(tmp_path)[0]["model"])
     images, aligned = torch.randn(2, 3, 32, 32), maskembed.load_aligned(tmp_path / "last.pt")
     torch.testing.assert_close(aligned(images), model.encoder.forward_features(images))
+    assert aligned.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
 def test_demo_and_probe(tmp_path, capsys, monkeypatch):
@@ -381,8 +386,6 @@ def test_demo_and_probe(tmp_path, capsys, monkeypatch):
     assert re.search(r"teacher\n.*control\n.*aligned\n.*demo.png", capsys.readouterr().out)
     colours = {colour for _, colour in Image.open(tmp_path / "demo.png").getcolors(2**24)}
     assert {(0, 128, 0), (255, 0, 0)} <= colours  # right and wrong predictions
-    monkeypatch.setattr(maskembed, "RANK", 1)
-    assert maskembed.main(["--demo", "4", "--out", str(tmp_path)]) is None
     vit = types.SimpleNamespace(get_intermediate_layers=lambda images, *_, **__: [images])
     labels = torch.randint(9, (200, 9))
     iou, predicted = maskembed.probe(vit, 0, nn.functional.one_hot(labels, 9).float(), labels)
@@ -410,11 +413,9 @@ def test_commands_and_snippets_of_the_documents(tmp_path, monkeypatch):
 if __name__ == "__main__":  # two tests run this file as a program
     init = torch.distributed.init_process_group
     torch.distributed.init_process_group = lambda backend="cuda:gloo": init(backend)  # as on GPUs
-
     class DDP(nn.parallel.DistributedDataParallel):
         def __init__(self, model):
             os.register_at_fork(before=lambda: os._exit(1))  # with NCCL, forking is unsafe now
             super().__init__(model)
-
     nn.parallel.DistributedDataParallel = DDP
     maskembed.main(sys.argv[1:])
