@@ -2,14 +2,14 @@
 """MaskEmbed, the training procedure of locality alignment, in one file.
 Covert et al. 2024, "Locality Alignment Improves Vision-Language Models", arXiv 2410.11087.
 
-A ViT trained on whole images knows what each region holds, but its patch embeddings do not show
-it. MaskEmbed trains them to show it, without labels. A frozen copy f sees only some patches of an
-image, so its output depends on those alone. A trainable copy g sees the whole image, and its patch
-embeddings are masked afterwards. A small decoder h predicts f's output from those that remain:
+The patch embeddings of a pretrained ViT may say little about their own patches. MaskEmbed trains
+them to say more, without labels. A frozen copy f of the ViT sees only some patches of an image, so
+its output depends on those alone. A trainable copy g sees the whole image, and its patch embeddings
+are masked afterwards. A small decoder h predicts f's output from the embeddings that remain:
 
     min over g, h of   E_x,m  || h(m * g(x)) - s f(m * x) ||^2      (mean over tokens and channels)
 
-This works for every mask only if each patch embedding carries what its own patch contributes.
+This works for every mask only if each patch embedding tells what its own patch adds to f's output.
 
     paper  in this file       shape
     x      images             (B, C, H, W)   B images of C channels, H x W pixels
@@ -17,9 +17,9 @@ This works for every mask only if each patch embedding carries what its own patc
     s f    Teacher            (B, K, T, D)   T = P + N tokens of width D: prefix, then patches
     g      MaskEmbed.encoder  (B, T, D)      P prefix tokens: the class token, registers
     h      MaskEmbed.decoder  (B, K, T, D)
-    s      Teacher.scale      one number     1 / std of f(m * x) over the validation images
+    s      Teacher.scale      scalar         1 / std of f(m * x) over the validation images
 
-    python maskembed.py --demo                                              # a laptop, 3 minutes
+    python maskembed.py --demo                                              # 3 minutes on a laptop
     python maskembed.py --data DIR --batch-size 32 --accum 32               # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128    # eight GPUs
 """
@@ -41,21 +41,21 @@ from tqdm import tqdm
 def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None):
     """Draws masks m for a batch of images: float (B, K, N) on the CPU, 1 = visible. K is num_masks:
     1 is a random mask, 2 adds its complement, and 3 adds the full mask, too. `keep` is the
-    probability that a patch is visible. If it is None, each image draws its own from U(0, 1)."""
+    probability that a patch is visible. If it is None, it is drawn from U(0, 1) for each image."""
     if keep is None:  # then all numbers of visible patches, from 0 to N, are equally likely
         keep = torch.rand(batch_size, 1, generator=generator)  # (B, 1)
     drawn = (torch.rand(batch_size, num_patches, generator=generator) < keep).float()  # (B, N)
-    # A mask with its complement (an antithetic pair) lowers the variance of the gradient. The full
-    # mask keeps the output for whole images in the objective.
+    # A mask with its complement (an antithetic pair) lowers the variance of the gradient. With the
+    # full mask, the decoder also has to predict the teacher's output for the whole image.
     return torch.stack([drawn, 1 - drawn, torch.ones_like(drawn)][:num_masks], dim=1)
 
 
 def mask_pixels(images, masks, patch_size):
     """m * x: images (B, C, H, W) and masks (B, K, N) -> masked images (B, K, C, H, W).
-    Hidden pixels become 0, which is the mean of normalized images. Raises RuntimeError if N is not
+    Hidden pixels become 0; normalization maps the mean colour to 0. Raises RuntimeError if N is not
     the number of patches in an image."""
     height, width = images.shape[2:]
-    # Repeat each value over its patch. Pixels left over at the right and bottom are hidden.
+    # Repeat each value over its patch. Hide pixels at the right and bottom that fill no patch.
     grid = masks.to(images).unflatten(2, (height // patch_size, width // patch_size))
     visible = grid.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
     visible = F.pad(visible, (0, width - visible.shape[3], 0, height - visible.shape[2]))
@@ -83,7 +83,7 @@ class Teacher(nn.Module):
         self.vit = without_head(vit).requires_grad_(False)
         if not 0 <= skip_blocks < len(vit.blocks):
             raise ValueError(f"cannot skip {skip_blocks} of {len(vit.blocks)} blocks")
-        # The authors leave out the last block. Our guess: it mainly serves the pooled output.
+        # The authors leave out the last block. We guess that it mainly serves the pooled output.
         self.vit.blocks = self.vit.blocks[:len(vit.blocks) - skip_blocks]
         self.register_buffer("scale", torch.ones((), device=next(vit.parameters()).device))
 
@@ -118,14 +118,14 @@ class SoftcapAttention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """h(m * tokens), with the prefix hidden, too: (B, T, D) and masks (B, K, N) -> (B, K, T, D)."""
+    """h(m * tokens): tokens (B, T, D), masks (B, K, N) -> (B, K, T, D). It hides the prefix."""
     def __init__(self, vit, num_layers):
         super().__init__()
         dim, attn, mlp = vit.embed_dim, vit.blocks[0].attn, vit.blocks[0].mlp
         self.num_prefix = vit.num_prefix_tokens
         num_tokens = self.num_prefix + vit.patch_embed.num_patches
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, dim))
-        self.blocks = nn.Sequential(*[  # the same heads, biases, qk norm and MLP class as vit
+        self.blocks = nn.Sequential(*[  # number of heads, qkv bias, qk norm, MLP class as in vit
             Block(dim, attn.num_heads, mlp_ratio=4, qkv_bias=attn.qkv.bias is not None,
                   qk_norm=not isinstance(attn.q_norm, nn.Identity), norm_layer=nn.LayerNorm,
                   act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # LayerScale
@@ -155,7 +155,7 @@ class MaskEmbed(nn.Module):
                 block.attn = SoftcapAttention(block.attn, softcap)
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
         self.encoder.head = nn.Linear(vit.embed_dim, vit.embed_dim)
-        # As in the authors' code, the head starts at zero, so the decoder sees only its positions.
+        # As in the authors' code, the head starts at zero, so the decoder sees only positions.
         # Zero weights also pass no gradient back, so the first step does not train the blocks.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
@@ -168,14 +168,14 @@ class MaskEmbed(nn.Module):
 # ---- loss ----------------------------------------------------------------------------------------
 def maskembed_loss(model, teacher, images, masks):
     """The objective above, for a batch: images (B, C, H, W), masks (B, K, N) -> scalar."""
-    target = teacher(images, masks)  # first: the model's activations then take up memory
+    target = teacher(images, masks)  # before the model fills the memory with activations
     prediction = model(images, masks)
-    assert prediction.shape == target.shape, "mse_loss would broadcast them"
+    assert prediction.shape == target.shape, "the shapes differ, and mse_loss would broadcast them"
     return F.mse_loss(prediction, target)
 
 
 # ---- data ----------------------------------------------------------------------------------------
-LETTERS = " ACEHKSTX"  # what a cell of a picture can contain; index 0 is nothing
+LETTERS = " ACEHKSTX"  # what a cell of a picture can show; index 0 means no letter
 
 
 def draw_letters(count, size=48, seed=0):
@@ -227,9 +227,9 @@ class Folder(Dataset):
 
 
 class MaskedImages(Dataset):
-    """Images with masks: [epoch, i] -> image (C, H, W), masks (K, N). They depend on (seed, epoch,
-    i) alone, in any process or worker, if the transform draws only from `random` and torch.
-    `images` is a sequence of PIL images. `training_order` makes the keys."""
+    """Images with masks: [epoch, i] -> image (C, H, W), masks (K, N). Both depend only on the seed,
+    epoch and i, not on the process or worker, if the transform draws its random numbers from
+    `random` and torch. `images` is a sequence of PIL images. `training_order` makes the keys."""
     def __init__(self, images, transform, num_patches, num_masks=3, keep=None, seed=0):
         self.images, self.transform, self.seed = images, transform, seed
         self.num_patches, self.num_masks, self.keep = num_patches, num_masks, keep
@@ -248,7 +248,7 @@ class MaskedImages(Dataset):
 
 def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
     """Returns the MaskedImages to train and to validate `vit` on: RGB images from a folder, or
-    pictures of letters if it is None. If the folder lacks train/ or val/, every 100th image is
+    pictures of letters if folder is None. If it lacks train/ or val/, every 100th image is
     held out (every 10th if there are fewer than 1000). Raises ValueError if there are no images."""
     size, num_patches = vit.patch_embed.img_size, vit.patch_embed.num_patches
     if folder is not None and not os.path.isdir(folder):
@@ -290,12 +290,12 @@ def training_order(num_images, epochs, batch_size, accum=1, rank=0, world=1, see
 
 # ---- training ------------------------------------------------------------------------------------
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes, from torchrun
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the index of this one
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the index of this process
 
 
 def init_distributed():
     """Joins torchrun's process group if there are several processes. Returns the device of this
-    one. Raises ValueError if there are more processes than GPUs."""
+    process. Raises ValueError if this machine has GPUs, but fewer than processes."""
     device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -311,7 +311,7 @@ def init_distributed():
 def learning_rate(step, total, warmup, peak):
     """Returns the learning rate for update `step`, counted from 0. It rises linearly from peak / 10
     for `warmup` updates. After that it is a cosine, from peak at step 0 to peak / 10 at `total`."""
-    # As in the authors' code, the cosine starts at update 0, so the rate jumps down after warm-up.
+    # As in the authors' code, the cosine starts at update 0, so the rate can jump after warm-up.
     fraction = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
     return peak / 10 + fraction * (peak - peak / 10)
 
@@ -320,7 +320,7 @@ def learning_rate(step, total, warmup, peak):
 def evaluate(model, teacher, loader, bf16=False):
     """Returns the mean loss and the std of all target entries, over the data of all processes."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # on the CPU: of 1, loss, target, target ** 2
+    sums = torch.zeros(4, dtype=torch.float64)  # on the CPU, of 1, loss, target, target ** 2
     model.eval()
     for images, masks in tqdm(loader, "validate", leave=False, disable=RANK > 0):
         images, masks = images.to(device), masks.to(device)
@@ -366,7 +366,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
                            args.seed, start)  # of all epochs
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
                               pin_memory=cuda))
-    # Only after both loaders have forked their workers: DDP starts NCCL, then forking is unsafe.
+    # This comes after both loaders have forked workers: once DDP starts NCCL, forking is unsafe.
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     for step in tqdm(range(start + 1, total + 1), initial=start, total=total, disable=RANK > 0):
@@ -387,7 +387,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
 
         ends_epoch = step % per_epoch == 0
         save_now = ends_epoch or step % args.save_every == 0
-        if save_now or step % args.log_every == 0:  # reading a loss waits for the device
+        if save_now or step % args.log_every == 0:  # reading a loss makes the CPU wait for the GPU
             if WORLD > 1:
                 torch.distributed.all_reduce(mean_loss)  # adds up over processes
             if not (mean_loss.isfinite() and gradient_norm.isfinite()):
@@ -427,7 +427,7 @@ def load_last(args):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         old = dict(saved["settings"])
     except Exception as error:  # torch raises many types for a broken or foreign file
-        raise ValueError(f"cannot read {path}, use another --out: {type(error).__name__}: {error}")
+        raise ValueError(f"cannot read {path} (use another --out): {type(error).__name__}: {error}")
     names = ("model pretrained checkpoint img_size softcap skip_blocks num_masks keep epochs "
              "warmup_epochs lr seed dtype num_images images_per_update").split()
     changed = {name: old.get(name) for name in names if old.get(name) != getattr(args, name)}
@@ -437,7 +437,7 @@ def load_last(args):
 
 
 def load_aligned(path):
-    """Returns the aligned ViT in a last.pt, soft cap included, in eval mode: images (B, C, H, W) ->
+    """Loads the aligned ViT from a last.pt, with its soft cap, in eval mode: images (B, C, H, W) ->
     all tokens of the last layer after the final norm (B, T, D)."""
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     settings = saved["settings"]
@@ -477,10 +477,10 @@ def fit(name, model, loss_of, num_images, batch_size, steps):
 
 
 def demo(args):
-    """A small ViT, the teacher, learns which letters are in a picture, but not where they are. Then
-    two copies learn to predict its output: the control from whole images, and the aligned encoder
-    by MaskEmbed. A linear probe predicts from each patch embedding which letter the patch shows.
-    The better it does, the better the patch embeddings describe their own patches."""
+    """A small ViT, the teacher, is trained with labels that say which letters are in a picture, but
+    not where. Two copies are then trained to predict its output: the control from whole images, and
+    the aligned encoder with MaskEmbed. A linear probe predicts which letter a patch shows from its
+    embedding. The better it predicts, the better the embeddings describe their own patches."""
     print(f"    {demo.__doc__}")
     torch.manual_seed(args.seed)
     pictures, cells = draw_letters(16 * args.demo + 2000, seed=args.seed)
@@ -532,7 +532,7 @@ def demo(args):
 
 # ---- command line --------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """Parses the command line. A wrong setting ends the program with one line and exit code 2."""
+    """Parses the command line. A wrong option gives a one-line message and exit code 2."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = "bfloat16" if bf16 else "float32"
     parser = argparse.ArgumentParser(  # an error is one line, without the usage
@@ -541,42 +541,42 @@ def parse_args(argv=None):
     add("--model", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm's NAME.TAG")
     add("--pretrained", action=yes_no, default=True, help="load timm's weights, or use random ones")
     add("--checkpoint", metavar="FILE", help="load the weights from this file instead")
-    add("--img-size", type=int, help="side in pixels (None: the model's own)")
-    add("--softcap", type=float, default=30.0, help="cap on the encoder's logits (0: no cap)")
+    add("--img-size", type=int, help="image side in pixels (None: the model's own)")
+    add("--softcap", type=float, default=30.0, help="soft cap on attention logits (0: no cap)")
     add("--skip-blocks", type=int, default=1, help="number of last blocks that the teacher omits")
-    add("--num-masks", type=int, default=3, choices=[1, 2, 3], help="random, complement, full mask")
-    add("--keep", type=float, help="probability of a visible patch (None: random)")
+    add("--num-masks", type=int, default=3, choices=[1, 2, 3], help="random (+ complement, + full)")
+    add("--keep", type=float, help="probability that a patch is visible (None: random)")
     add("--data", metavar="DIR", help="folder of images (None: built-in pictures of letters)")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="loader workers per process")
     add("--epochs", type=int, default=5, help="passes over the images")
     add("--warmup-epochs", type=int, default=0, help="epochs in which the learning rate rises")
     add("--batch-size", type=int, default=32, help="images per process and micro-batch")
-    add("--accum", type=int, default=1, help="micro-batches per update (paper: 1024 images)")
-    add("--lr", type=float, default=3e-4, help="highest learning rate; the lowest is a tenth")
+    add("--accum", type=int, default=1, help="micro-batches per process and update")
+    add("--lr", type=float, default=3e-4, help="peak learning rate; the lowest is a tenth of it")
     add("--seed", type=int, default=0, help="seed for weights, order, masks and augmentation")
     add("--dtype", default=dtype, choices=["bfloat16", "float32"], help="precision of autocast")
-    add("--compile", action=yes_no, default=False, help="torch.compile, block by block")
+    add("--compile", action=yes_no, default=False, help="use torch.compile on each block")
     add("--out", metavar="DIR", help="folder for the results (None: output/MODEL)")
     add("--resume", action=yes_no, default=False, help="continue from last.pt, if it exists")
     add("--save-every", type=int, default=1000, help="updates between saves; also after each epoch")
     add("--log-every", type=int, default=20, help="updates between log entries")
     add("--wandb", action=yes_no, default=False, help="also log to Weights & Biases")
-    add("--demo", type=int, nargs="?", const=600, metavar="STEPS", help="the demo (600 STEPS)")
+    add("--demo", type=int, nargs="?", const=600, metavar="STEPS", help="run the demo (STEPS: 600)")
     args = parser.parse_args(argv)
     may_be_0 = "softcap skip_blocks keep workers warmup_epochs lr seed".split()
     for name, value in vars(args).items():
         lowest = 0 if name in may_be_0 else 1
         highest = 1 if name == "keep" else 2**31
         if type(value) in (int, float) and not lowest <= value <= highest:  # nan, too
-            parser.error(f"--{name.replace('_', '-')} {value} is not in {lowest} to {highest}")
+            parser.error(f"--{name.replace('_', '-')} {value} is outside [{lowest}, {highest}]")
     args.out = args.out or ("output/demo" if args.demo else f"output/{args.model}")
     args.images_per_update = WORLD * args.accum * args.batch_size  # not a flag, but used like one
     return args
 
 
 def create_vit(name, pretrained=True, img_size=None, checkpoint=None):
-    """Returns a timm ViT with random weights, or weights from the hub or a file. If the file is for
-    another image or patch size, timm resamples its embeddings. Raises ValueError on failure."""
+    """Returns a timm ViT with random weights, or weights from Hugging Face or a file. If a file is
+    for another image or patch size, timm resamples its embeddings. Raises ValueError on failure."""
     try:
         vit = timm.create_model(name, pretrained and checkpoint is None, img_size=img_size)
         vit = without_head(vit)  # the head in a file may differ or be missing
@@ -630,7 +630,7 @@ def main(argv=None):
               f"{len(train_set)} images to train on, {len(val_set)} to validate on, from "
               f"{args.data or 'built-in pictures of letters (--data DIR takes your own)'}\n"
               f"{args.images_per_update} images per update: {WORLD} processes x {args.accum} "
-              f"micro-batches x {args.batch_size}")
+              f"micro-batches x {args.batch_size} images")
     train(model, teacher, train_set, val_set, args, saved)
     if WORLD > 1:
         torch.distributed.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Tests of maskembed.py with tiny ViTs. They need no network and no GPU: python -m pytest -q"""
+"""Tests of maskembed.py with tiny ViTs. They need no internet and no GPU: python -m pytest -q"""
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # set before torch is imported: all tests run on the CPU
-os.environ["OMP_NUM_THREADS"] = "1"  # results are rounded differently with more threads
+os.environ["OMP_NUM_THREADS"] = "1"  # more threads round results differently
 import argparse, json, re, subprocess, sys, types
 from pathlib import Path
 
@@ -356,9 +356,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(pictures, tmp_path, capsys, mon
         "--model vit_tiny_patch16_224 --pretrained": "vit_tiny_patch16_224",
         "--data nowhere": "nowhere", "--data empty": "empty", "--data=": "no folder ''",
         "--data one": "0 images do not fill", "--batch-size 64": "45 images", "--lr nan": "--lr",
-        "--epochs 0": "--epochs", "--warmup-epochs -1": "--warmup-epochs", "--keep 1.5": "--keep",
-        "--img-size 8": "height (8)", "--model resnet18": "ResNet", "--skip-blocks 6": "6 blocks",
-        "--wandb": "wandb", "--checkpoint none": "No such file", "--checkpoint cut/last.pt": "cut",
+        "--epochs 0": "--epochs", "--keep 1.5": "--keep", "--img-size 8": "height (8)",
+        "--model resnet18": "ResNet", "--skip-blocks 6": "6 blocks", "--wandb": "wandb",
+        "--checkpoint none": "No such file", "--checkpoint cut/last.pt": "cut/last.pt",
         "--checkpoint part.pt": "lacks", "--out one/image.png": "image.png", "--out /proc": "/proc",
         "--out cut --resume": "cut/last.pt", "--out foreign --resume": "foreign/last.pt",
     }.items():
@@ -381,7 +381,7 @@ def test_compile_and_load_aligned(pictures, tmp_path, monkeypatch):
     assert aligned.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
-def test_demo_and_probe(tmp_path, capsys, monkeypatch):
+def test_demo_and_probe(tmp_path, capsys):
     maskembed.main(["--demo", "4", "--num-masks", "2", "--out", str(tmp_path)])
     assert re.search(r"teacher\n.*control\n.*aligned\n.*demo.png", capsys.readouterr().out)
     colours = {colour for _, colour in Image.open(tmp_path / "demo.png").getcolors(2**24)}
