@@ -336,7 +336,7 @@ def evaluate(model, teacher, loader, bf16=False):
 
 
 def train(model, teacher, train_set, val_set, args, saved=None):
-    """Trains the model with the flags in `args`, from the start or from `saved`, the contents of a
+    """Trains the model with `args` of parse_args, from the start or from `saved`, the contents of a
     last.pt. Raises FloatingPointError if a logged loss or its gradient is not finite."""
     device = teacher.scale.device
     cuda = device.type == "cuda"
@@ -363,7 +363,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     val_loss, _ = evaluate(model, teacher, val_loader, bf16)
     log(args, step=start, val_loss=val_loss, scale=teacher.scale.item())
     order = training_order(len(train_set), args.epochs, args.batch_size, args.accum, RANK, WORLD,
-                           args.seed, start)  # of all epochs
+                           args.seed, start)  # for all epochs
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
                               pin_memory=cuda))
     # This comes after both loaders have forked workers: once DDP starts NCCL, forking is unsafe.
