@@ -40,8 +40,8 @@ from tqdm import tqdm
 # ---- masks ---------------------------------------------------------------------------------------
 def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None):
     """Draws masks m for a batch of images: float (B, K, N) on the CPU, 1 = visible. K is num_masks:
-    1 is a random mask, 2 adds its complement, and 3 adds the full mask, too. `keep` is the
-    probability that a patch is visible. If it is None, it is drawn from U(0, 1) for each image."""
+    a random mask alone (1), with its complement (2), and with the full mask as well (3). `keep` is
+    the probability that a patch is visible. None: it is drawn from U(0, 1) for each image."""
     if keep is None:  # then all numbers of visible patches, from 0 to N, are equally likely
         keep = torch.rand(batch_size, 1, generator=generator)  # (B, 1)
     drawn = (torch.rand(batch_size, num_patches, generator=generator) < keep).float()  # (B, N)
@@ -65,7 +65,7 @@ def mask_pixels(images, masks, patch_size):
 # ---- teacher, encoder, decoder -------------------------------------------------------------------
 def without_head(vit):
     """Returns a copy of a timm ViT without pooling and head: images (B, C, H, W) -> all tokens
-    (B, T, D). Raises ValueError if vit is not a plain ViT, or pools before its final norm."""
+    (B, T, D). Raises ValueError if vit is not a plain ViT, or lacks a final LayerNorm."""
     if (type(vit) is not VisionTransformer or type(vit.patch_embed) is not timm.layers.PatchEmbed
             or type(vit.blocks[0]) is not Block or not isinstance(vit.norm, nn.LayerNorm)):
         raise ValueError(f"{type(vit).__name__} is not a plain timm ViT whose norm is a LayerNorm")
@@ -91,7 +91,7 @@ class Teacher(nn.Module):
     def forward(self, images, masks):
         self.vit.eval()  # even if a parent module is in training mode
         views = mask_pixels(images, masks, self.vit.patch_embed.patch_size[0])  # (B, K, C, H, W)
-        # The ViT runs on one mask at a time, to save memory.
+        # Each mask makes another input, so the ViT runs K times; one by one, to save memory.
         tokens = [self.vit(view) for view in views.unbind(dim=1)]  # K times (B, T, D)
         return self.scale * torch.stack(tokens, dim=1)  # (B, K, T, D)
 
@@ -111,7 +111,7 @@ class SoftcapAttention(nn.Module):
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # so that q @ k is a / c
+        q = self.q_norm(q) * (self.scale / self.softcap)  # with this scale, q @ k is a / c
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)
@@ -134,8 +134,8 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, dim)
 
     def forward(self, tokens, masks):
-        # Prefix tokens are always hidden: they summarize the whole image, so the decoder could do
-        # without the patches. Positions are added after masking, so hidden tokens keep theirs.
+        # Prefix tokens are hidden by every mask. They summarize the image, and the decoder could
+        # answer from them alone. Positions are added after masking, so hidden tokens keep theirs.
         visible = F.pad(masks.to(tokens), (self.num_prefix, 0))  # (B, K, T), 0 for prefix
         x = tokens[:, None] * visible[..., None]  # (B, 1, T, D) * (B, K, T, 1)
         x = self.blocks((x + self.pos_embed).flatten(0, 1))  # (B * K, T, D)
@@ -156,10 +156,10 @@ class MaskEmbed(nn.Module):
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
         self.encoder.head = nn.Linear(vit.embed_dim, vit.embed_dim)
         # As in the authors' code, the head starts at zero, so the decoder sees only positions.
-        # Zero weights also pass no gradient back, so the first step does not train the blocks.
+        # Zero weights also pass no gradient back, so the blocks get none in the first step.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
-        self.to(next(vit.parameters()))  # its device and dtype
+        self.to(next(vit.parameters()))  # the device and dtype of vit
 
     def forward(self, images, masks):
         return self.decoder(self.encoder(images), masks)  # the encoder runs once for K masks
@@ -167,7 +167,7 @@ class MaskEmbed(nn.Module):
 
 # ---- loss ----------------------------------------------------------------------------------------
 def maskembed_loss(model, teacher, images, masks):
-    """The objective above, for a batch: images (B, C, H, W), masks (B, K, N) -> scalar."""
+    """The objective, over all T tokens: images (B, C, H, W), masks (B, K, N) -> scalar."""
     target = teacher(images, masks)  # before the model fills the memory with activations
     prediction = model(images, masks)
     assert prediction.shape == target.shape, "the shapes differ, and mse_loss would broadcast them"
@@ -201,7 +201,7 @@ def draw_letters(count, size=48, seed=0):
 
 class Folder(Dataset):
     """The images in a folder and its subfolders, sorted by path: [i] -> RGB image. A file that
-    cannot be read is reported and replaced by a random one. Raises ValueError after 20 in a row."""
+    cannot be read is reported and replaced by any other. Raises ValueError after 20 in a row."""
     def __init__(self, folder):
         paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
         paths = sorted(os.fsencode(path) for path in paths if is_image_file(path))
@@ -295,7 +295,7 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # the index of this p
 
 def init_distributed():
     """Joins torchrun's process group if there are several processes. Returns the device of this
-    process. Raises ValueError if this machine has GPUs, but fewer than processes."""
+    process. Raises ValueError if this machine has GPUs, but fewer GPUs than processes."""
     device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -310,8 +310,8 @@ def init_distributed():
 
 def learning_rate(step, total, warmup, peak):
     """Returns the learning rate for update `step`, counted from 0. It rises linearly from peak / 10
-    for `warmup` updates. After that it is a cosine, from peak at step 0 to peak / 10 at `total`."""
-    # As in the authors' code, the cosine starts at update 0, so the rate can jump after warm-up.
+    to peak in `warmup` updates. Then it is a cosine that is peak at 0 and peak / 10 at `total`."""
+    # As in the authors' code, the cosine counts the warm-up, so the rate can drop when that ends.
     fraction = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
     return peak / 10 + fraction * (peak - peak / 10)
 
@@ -320,7 +320,7 @@ def learning_rate(step, total, warmup, peak):
 def evaluate(model, teacher, loader, bf16=False):
     """Returns the mean loss and the std of all target entries, over the data of all processes."""
     device = teacher.scale.device
-    sums = torch.zeros(4, dtype=torch.float64)  # on the CPU, of 1, loss, target, target ** 2
+    sums = torch.zeros(4, dtype=torch.float64)  # over images: 1, loss, target, target ** 2
     model.eval()
     for images, masks in tqdm(loader, "validate", leave=False, disable=RANK > 0):
         images, masks = images.to(device), masks.to(device)
@@ -345,7 +345,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     total = args.epochs * per_epoch
     val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: always the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers,
-                            persistent_workers=args.workers > 0)  # forked once, before DDP
+                            persistent_workers=args.workers > 0)  # fork once, and before DDP
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = saved["step"] if saved else 0
     if saved:
@@ -356,8 +356,8 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         _, target_std = evaluate(model, teacher, val_loader, bf16)
         teacher.scale /= target_std
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 64  # one per kind of block, mode and batch size
-        torch._dynamo.config.optimize_ddp = False  # only for whole models; we compile blocks
+        torch._dynamo.config.cache_size_limit = 64  # versions: kind of block, mode, batch size
+        torch._dynamo.config.optimize_ddp = False  # it is for a compiled model, not for blocks
         for block in [*teacher.vit.blocks, *model.encoder.blocks, *model.decoder.blocks]:
             block.compile(dynamic=False)
     val_loss, _ = evaluate(model, teacher, val_loader, bf16)
@@ -366,14 +366,14 @@ def train(model, teacher, train_set, val_set, args, saved=None):
                            args.seed, start)  # for all epochs
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
                               pin_memory=cuda))
-    # This comes after both loaders have forked workers: once DDP starts NCCL, forking is unsafe.
+    # Both loaders have forked their workers now. DDP starts NCCL, and then forking is unsafe.
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     for step in tqdm(range(start + 1, total + 1), initial=start, total=total, disable=RANK > 0):
         mean_loss = torch.zeros((), device=device)
         for micro in range(args.accum):
             images, masks = [x.to(device, non_blocking=cuda) for x in next(batches)]
-            if WORLD > 1:  # DDP averages gradients in backward(): only for the last micro-batch
+            if WORLD > 1:  # gradients add up locally, until the last backward() averages them
                 parallel.require_backward_grad_sync = micro == args.accum - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = maskembed_loss(parallel, teacher, images, masks) / args.accum
@@ -387,7 +387,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
 
         ends_epoch = step % per_epoch == 0
         save_now = ends_epoch or step % args.save_every == 0
-        if save_now or step % args.log_every == 0:  # reading a loss makes the CPU wait for the GPU
+        if save_now or step % args.log_every == 0:  # not always: the CPU waits for the GPU here
             if WORLD > 1:
                 torch.distributed.all_reduce(mean_loss)  # adds up over processes
             if not (mean_loss.isfinite() and gradient_norm.isfinite()):
@@ -396,8 +396,8 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         if save_now and RANK == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          scale=teacher.scale.item(), settings=vars(args))
-            torch.save(state, f"{args.out}/last.pt.tmp")
-            os.replace(f"{args.out}/last.pt.tmp", f"{args.out}/last.pt")  # never half written
+            torch.save(state, f"{args.out}/last.pt.tmp")  # if killed here, last.pt is not affected
+            os.replace(f"{args.out}/last.pt.tmp", f"{args.out}/last.pt")
         if ends_epoch:
             val_loss, _ = evaluate(model, teacher, val_loader, bf16)
             log(args, step=step, val_loss=val_loss)
@@ -417,7 +417,7 @@ def log(args, **entry):
 
 def load_last(args):
     """Returns the contents of last.pt in args.out, or None if it is absent. Raises ValueError if it
-    cannot be read, if --resume is missing, or if a setting that changes the result differs."""
+    cannot be read, if --resume is missing, or if one of the settings in `names` differs."""
     path = f"{args.out}/last.pt"
     if not os.path.lexists(path):
         return None
@@ -570,7 +570,7 @@ def parse_args(argv=None):
         if type(value) in (int, float) and not lowest <= value <= highest:  # nan, too
             parser.error(f"--{name.replace('_', '-')} {value} is outside [{lowest}, {highest}]")
     args.out = args.out or ("output/demo" if args.demo else f"output/{args.model}")
-    args.images_per_update = WORLD * args.accum * args.batch_size  # not a flag, but used like one
+    args.images_per_update = WORLD * args.accum * args.batch_size  # stored like a flag
     return args
 
 
@@ -609,7 +609,7 @@ def main(argv=None):
         args.num_images = len(train_set)  # not a flag, but --resume compares it
         if args.num_images < args.images_per_update:
             raise ValueError(f"{args.num_images} images do not fill an update: lower --batch-size")
-        train_set[0, 0], val_set[0, 0]  # fails now if images cannot be read
+        train_set[0, 0], val_set[0, 0]  # reads one image of each; fails now if that is impossible
         saved = load_last(args)
         if WORLD > 1:  # processes that disagree would wait for each other forever
             mine = dict(vars(args), step=saved["step"] if saved else 0)
