@@ -23,7 +23,7 @@ This works for every mask only if each patch embedding tells what its own patch 
     python maskembed.py --data DIR --batch-size 32 --accum 32               # one GPU
     torchrun --nproc-per-node=8 maskembed.py --data DIR --batch-size 128    # eight GPUs
 """
-import argparse, copy, glob, json, math, os, random, sys, tempfile
+import argparse, copy, json, math, os, random, sys, tempfile
 
 import numpy as np
 import timm
@@ -203,11 +203,11 @@ class Folder(Dataset):
     """The images in a folder and its subfolders, sorted by path: [i] -> RGB image. A file that
     cannot be read is reported and replaced by any other. Raises ValueError after 20 in a row."""
     def __init__(self, folder):
-        paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
-        paths = sorted(os.fsencode(path) for path in paths if is_image_file(path))
+        paths = [f"{parent}/{name}" for parent, _, names in os.walk(folder, followlinks=True)
+                 for name in names if is_image_file(name) and name[0] != "."]
         if not paths:
             raise ValueError(f"there are no images in {folder}")
-        self.paths = np.array(paths)  # a list would gradually be copied into every worker's memory
+        self.paths = np.array(sorted(map(os.fsencode, paths)))  # forked workers would copy a list
 
     def __len__(self):
         return len(self.paths)
@@ -302,7 +302,7 @@ def init_distributed():
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"there are more processes than GPUs ({torch.cuda.device_count()})")
         torch.cuda.set_device(device)
-    if WORLD > 1:  # NCCL is for tensors on GPUs, gloo for those on the CPU
+    if WORLD > 1:  # gloo is for tensors on the CPU, such as the sums in `evaluate`
         nccl = device.type == "cuda" and torch.distributed.is_nccl_available()
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     return device
@@ -345,7 +345,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     total = args.epochs * per_epoch
     val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: always the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers,
-                            persistent_workers=args.workers > 0)  # fork once, and before DDP
+                            persistent_workers=args.workers > 0)  # they start once, before DDP
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = saved["step"] if saved else 0
     if saved:
@@ -366,7 +366,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
                            args.seed, start)  # for all epochs
     batches = iter(DataLoader(train_set, batch_sampler=order, num_workers=args.workers,
                               pin_memory=cuda))
-    # Both loaders have forked their workers now. DDP starts NCCL, and then forking is unsafe.
+    # Both loaders have started their workers. DDP starts NCCL, and then forking is unsafe.
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     for step in tqdm(range(start + 1, total + 1), initial=start, total=total, disable=RANK > 0):
@@ -417,7 +417,7 @@ def log(args, **entry):
 
 def load_last(args):
     """Returns the contents of last.pt in args.out, or None if it is absent. Raises ValueError if it
-    cannot be read, if --resume is missing, or if one of the settings in `names` differs."""
+    cannot be read, if --resume is missing, or if a setting that is not free to change differs."""
     path = f"{args.out}/last.pt"
     if not os.path.lexists(path):
         return None
@@ -428,9 +428,9 @@ def load_last(args):
         old = dict(saved["settings"])
     except Exception as error:  # torch raises many types for a broken or foreign file
         raise ValueError(f"cannot read {path} (use another --out): {type(error).__name__}: {error}")
-    names = ("model pretrained checkpoint img_size softcap skip_blocks num_masks keep epochs "
-             "warmup_epochs lr seed dtype num_images images_per_update").split()
-    changed = {name: old.get(name) for name in names if old.get(name) != getattr(args, name)}
+    free = "data workers batch_size accum compile out resume save_every log_every wandb".split()
+    changed = {name: old.get(name) for name, value in vars(args).items()
+               if name not in free and value != old.get(name)}
     if changed:
         raise ValueError(f"cannot resume {path}: it was trained with other settings: {changed}")
     return saved
