@@ -68,7 +68,7 @@ def without_head(vit):
     (B, T, D). Raises ValueError if vit is not a plain ViT, or lacks a final LayerNorm."""
     if (type(vit) is not VisionTransformer or type(vit.patch_embed) is not timm.layers.PatchEmbed
             or type(vit.blocks[0]) is not Block or not isinstance(vit.norm, nn.LayerNorm)):
-        raise ValueError(f"{type(vit).__name__} is not a plain timm ViT whose norm is a LayerNorm")
+        raise ValueError(f"{type(vit).__name__} is not a plain ViT whose last norm is a LayerNorm")
     vit = copy.deepcopy(vit)
     vit.reset_classifier(0, global_pool="")  # also removes SigLIP's attention pooling
     return vit
@@ -326,7 +326,7 @@ def evaluate(model, teacher, loader, bf16=False):
         images, masks = images.to(device), masks.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             target = teacher(images, masks).float()
-            loss = F.mse_loss(model(images, masks), target)
+            loss = maskembed_loss(model, lambda *_: target, images, masks)  # runs the teacher once
         sums += len(images) * torch.tensor([1, loss, target.mean(), target.square().mean()])
     model.train()
     if torch.distributed.is_initialized():
@@ -337,7 +337,7 @@ def evaluate(model, teacher, loader, bf16=False):
 
 def train(model, teacher, train_set, val_set, args, saved=None):
     """Trains the model with `args` of parse_args, from the start or from `saved`, the contents of a
-    last.pt. Raises FloatingPointError if a logged loss or its gradient is not finite."""
+    last.pt. The folder args.out must exist. Raises FloatingPointError if a loss is not finite."""
     device = teacher.scale.device
     cuda = device.type == "cuda"
     bf16 = args.dtype == "bfloat16"
@@ -437,8 +437,8 @@ def load_last(args):
 
 
 def load_aligned(path):
-    """Loads the aligned ViT from a last.pt, with its soft cap, in eval mode: images (B, C, H, W) ->
-    all tokens of the last layer after the final norm (B, T, D)."""
+    """Loads the aligned ViT, soft cap included, from a run's last.pt: images (B, C, H, W) -> all
+    tokens of the last layer after the final norm (B, T, D). It is in eval mode."""
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     settings = saved["settings"]
     vit = timm.create_model(settings["model"], img_size=settings["img_size"])

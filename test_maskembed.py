@@ -179,7 +179,7 @@ def test_loss_falls_on_one_batch():
     "resnet18", "vit_tiny_r_s16_p8_224", dict(global_pool="avg"), dict(scale_attn_norm=True)])
 def test_other_models_are_refused(model):
     vit = timm.create_model(model) if isinstance(model, str) else VisionTransformer(**TINY | model)
-    with pytest.raises(ValueError, match="not a plain timm ViT|other layers"):
+    with pytest.raises(ValueError, match="not a plain ViT|other layers"):
         MaskEmbed(vit)
 
 
