@@ -203,10 +203,12 @@ class Folder(Dataset):
     """The images in a folder and its subfolders, sorted by path: [i] -> RGB image. A file that
     cannot be read is reported and replaced by any other. Raises ValueError after 20 in a row."""
     def __init__(self, folder):
-        paths = [f"{parent}/{name}" for parent, _, names in os.walk(folder, followlinks=True)
-                 for name in names if is_image_file(name) and name[0] != "."]
+        folder = str(folder).rstrip("/")
+        paths = [f"{root}/{name}" for root, _, names in os.walk(folder, followlinks=True)
+                 for name in names if is_image_file(name)]
+        paths = [path for path in paths if "/." not in path[len(folder):]]  # without hidden ones
         if not paths:
-            raise ValueError(f"there are no images in {folder}")
+            raise ValueError(f"there is no folder {folder!r} with images (JPEG, PNG, WebP, ...)")
         self.paths = np.array(sorted(map(os.fsencode, paths)))  # forked workers would copy a list
 
     def __len__(self):
@@ -251,13 +253,11 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
     pictures of letters if folder is None. If it lacks train/ or val/, every 100th image is
     held out (every 10th if there are fewer than 1000). Raises ValueError if there are no images."""
     size, num_patches = vit.patch_embed.img_size, vit.patch_embed.num_patches
-    if folder is not None and not os.path.isdir(folder):
-        raise ValueError(f"there is no folder {folder!r}")
     names = [name for name in ("val", "valid", "validation") if os.path.isdir(f"{folder}/{name}")]
     if folder and names and os.path.isdir(f"{folder}/train"):
         train_images, val_images = Folder(f"{folder}/train"), Folder(f"{folder}/{names[0]}")
     else:
-        images = Folder(folder) if folder else draw_letters(900, max(size), seed)[0]
+        images = Folder(folder) if folder is not None else draw_letters(900, max(size), seed)[0]
         indices = np.arange(len(images))
         every = 100 if len(images) >= 1000 else 10
         train_images = Subset(images, indices[indices % every > 0])
@@ -429,8 +429,8 @@ def load_last(args):
     except Exception as error:  # torch raises many types for a broken or foreign file
         raise ValueError(f"cannot read {path} (use another --out): {type(error).__name__}: {error}")
     free = "data workers batch_size accum compile out resume save_every log_every wandb".split()
-    changed = {name: old.get(name) for name, value in vars(args).items()
-               if name not in free and value != old.get(name)}
+    changed = {name: old.get(name) for name in old | vars(args)
+               if name not in free and old.get(name) != vars(args).get(name)}
     if changed:
         raise ValueError(f"cannot resume {path}: it was trained with other settings: {changed}")
     return saved
@@ -513,7 +513,7 @@ def demo(args):
     print("Mean IoU over letters in 1000 new pictures (1 is perfect; teacher: its best block):")
     sheet = Image.new("RGB", (1750, 1000), "black")  # each picture has 240 x 240 pixels
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(36)
-    draw.text((10, 80), "green: right\nred: wrong", "white", font)
+    draw.text((10, 40), "green: right\nred: wrong\nempty red:\n   missed", "white", font)
     for column in range(6):
         sheet.paste(pictures[column - 1000].resize((240, 240)), (250 + 250 * column, 0))
     for row, (name, (iou, predicted)) in enumerate(results.items(), start=1):
@@ -566,7 +566,7 @@ def parse_args(argv=None):
     may_be_0 = "softcap skip_blocks keep workers warmup_epochs lr seed".split()
     for name, value in vars(args).items():
         lowest = 0 if name in may_be_0 else 1
-        highest = 1 if name == "keep" else 2**31
+        highest = {"keep": 1, "warmup_epochs": args.epochs - 1}.get(name, 2**31)
         if type(value) in (int, float) and not lowest <= value <= highest:  # nan, too
             parser.error(f"--{name.replace('_', '-')} {value} is outside [{lowest}, {highest}]")
     args.out = args.out or ("output/demo" if args.demo else f"output/{args.model}")
@@ -619,8 +619,8 @@ def main(argv=None):
             if differ:
                 raise ValueError(f"--data, last.pt or settings differ between processes: {differ}")
         if args.wandb and RANK == 0:
-            import wandb  # only --wandb needs it
-            wandb.init(project="maskembed", name=os.path.basename(args.out), config=vars(args))
+            from wandb import init  # only --wandb needs it
+            init(project="maskembed", name=os.path.basename(args.out), config=vars(args))
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"maskembed.py: error: {' '.join(str(error).split())}\n")
         sys.exit(2)

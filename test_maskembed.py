@@ -308,7 +308,7 @@ def test_killed_and_resumed_equals_whole(pictures, tmp_path, capsys):
 def test_folders(pictures, tmp_path):
     vit = timm.create_model("test_vit")
     (tmp_path / "train").symlink_to(pictures)
-    (tmp_path / "._00.jpg").write_bytes(b"a hidden file of macOS")
+    (tmp_path / ".hidden").symlink_to(pictures)
     train_set, val_set = maskembed.open_data(vit, tmp_path, keep=0.3)
     assert (len(train_set), train_set.keep, len(val_set), val_set.keep) == (45, 0.3, 5, 0.3)
     assert not set(train_set.images.indices) & set(val_set.images.indices)
@@ -345,21 +345,21 @@ def test_wrong_input_is_one_line_and_exit_code_2(pictures, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb fails
-    for name in ("empty", "one", "cut", "foreign"):
+    for name in ("empty", "one", "cut", "other"):
         Path(name).mkdir()
-    Image.new("RGB", (9, 9)).save("one/image.png")
+    Image.new("RGB", (9, 9)).save("one/a.png")
     Path("cut/last.pt").write_bytes(b"PK\x03\x04")
-    torch.save([1, 2], "foreign/last.pt")
+    torch.save([1, 2], "other/last.pt")
     torch.save({"norm.weight": torch.ones(64)}, "part.pt")
     for others, text in {
-        "--nope": "--nope", "--lr nan": "--lr", "--epochs 0": "--epochs", "--keep 1.5": "--keep",
-        "--model vit_base_patch61_224": "patch61", "--model resnet18": "ResNet", "--wandb": "wandb",
-        "--model vit_tiny_patch16_224 --pretrained": "vit_tiny", "--skip-blocks 6": "6 blocks",
-        "--img-size 8": "height (8)", "--data nowhere": "nowhere", "--data=": "no folder ''",
-        "--data empty": "empty", "--data one": "0 images", "--batch-size 64": "45 images",
-        "--checkpoint none": "No such file", "--checkpoint cut/last.pt": "cut/last.pt",
-        "--checkpoint part.pt": "lacks", "--out one/image.png": "image.png", "--out /proc": "/proc",
-        "--out cut --resume": "cut/last.pt", "--out foreign --resume": "foreign",
+        "--nope": "--nope", "--lr nan": "--lr", "--epochs 0": "--epochs", "--keep 2": "--keep",
+        "--warmup-epochs 2": "[0, 1]", "--model vit_base_patch61_224": "patch61",
+        "--model vit_tiny_patch16_224 --pretrained": "vit_tiny", "--model resnet18": "ResNet",
+        "--skip-blocks 6": "6 blocks", "--img-size 8": "height (8)", "--data nowhere": "nowhere",
+        "--data=": "no folder ''", "--data empty": "empty", "--data one": "0 images",
+        "--batch-size 64": "45 images", "--checkpoint none": "No such file", "--wandb": "wandb",
+        "--checkpoint cut/last.pt": "cut", "--checkpoint part.pt": "lacks", "--out /proc": "/proc",
+        "--out one/a.png": "a.png", "--out cut --resume": "cut", "--out other --resume": "other",
     }.items():
         assert text in refusal(capsys, flags(pictures, "out", *others.split())), others
     with pytest.raises(FloatingPointError, match="step"):  # a loss that is not finite is not saved
@@ -395,7 +395,7 @@ def test_demo_and_probe(tmp_path, capsys):
 def test_commands_and_snippets_of_the_documents(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw, readme = maskembed.draw_letters, (HERE / "README.md").read_text()
-    monkeypatch.setattr(maskembed, "draw_letters", lambda count, *other: draw(count // 10, *other))
+    monkeypatch.setattr(maskembed, "draw_letters", lambda n, *s, **k: draw(min(n, 90), *s, **k))
     command = re.search(r"maskembed.py (--model test_vit .*)", readme)[1]
     maskembed.main([*command.split(), "--workers", "0"])
     for snippet in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
