@@ -2,10 +2,10 @@
 """MaskEmbed, the training procedure of locality alignment, in one file.
 Covert et al. 2024, "Locality Alignment Improves Vision-Language Models", arXiv 2410.11087.
 
-The patch embeddings of a pretrained ViT may say little about their own patches. MaskEmbed trains
-them to say more, without labels. A frozen copy f of the ViT sees only some patches of an image, so
-its output depends on those alone. A trainable copy g sees the whole image, and its patch embeddings
-are masked afterwards. A small decoder h predicts f's output from the embeddings that remain:
+The patch embeddings (output tokens) of a pretrained ViT may say little about their own patches.
+MaskEmbed trains them to say more, without labels. A frozen copy f of the ViT sees only some patches
+of an image, so its output depends on those alone. A trainable copy g sees the whole image, and its
+patch embeddings are masked afterwards. A small decoder h predicts f's output from what remains:
 
     min over g, h of   E_x,m  || h(m * g(x)) - s f(m * x) ||^2      (mean over tokens and channels)
 
@@ -111,7 +111,7 @@ class SoftcapAttention(nn.Module):
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # with this scale, q @ k is a / c
+        q = self.q_norm(q) * (self.scale / self.softcap)  # scaled here, because q is smaller than a
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*[  # number of heads, qkv bias, qk norm, MLP class as in vit
             Block(dim, attn.num_heads, mlp_ratio=4, qkv_bias=attn.qkv.bias is not None,
                   qk_norm=not isinstance(attn.q_norm, nn.Identity), norm_layer=nn.LayerNorm,
-                  act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # LayerScale
+                  act_layer=type(mlp.act), mlp_layer=type(mlp), init_values=1e-6)  # near identity
             for _ in range(num_layers)])
         self.norm = nn.LayerNorm(dim)  # eps 1e-5, as in the authors' code
         self.head = nn.Linear(dim, dim)
@@ -155,8 +155,8 @@ class MaskEmbed(nn.Module):
                 block.attn = SoftcapAttention(block.attn, softcap)
         self.encoder.norm = nn.LayerNorm(vit.embed_dim)
         self.encoder.head = nn.Linear(vit.embed_dim, vit.embed_dim)
-        # As in the authors' code, the head starts at zero, so the decoder sees only positions.
-        # Zero weights also pass no gradient back, so the blocks get none in the first step.
+        # As in the authors' code, the head starts at zero, so the decoder sees only positions. Zero
+        # weights pass no gradient back, so the encoder's blocks get none in the first step.
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
         self.to(next(vit.parameters()))  # the device and dtype of vit
@@ -185,7 +185,7 @@ def draw_letters(count, size=48, seed=0):
     font = ImageFont.load_default(0.376 * size)  # capitals are nearly as high as a cell
     pictures = []
     cells = np.zeros((count, 3, 3), dtype=np.int64)
-    for n in tqdm(range(count), "draw"):
+    for n in tqdm(range(count), "draw", disable=RANK > 0):
         noise = Image.fromarray(rng.integers(64, 192, (6, 6, 3), dtype=np.uint8))
         picture = noise.resize((size, size), Image.BICUBIC)
         for place in rng.choice(9, rng.integers(1, 5), replace=False):
@@ -373,7 +373,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         mean_loss = torch.zeros((), device=device)
         for micro in range(args.accum):
             images, masks = [x.to(device, non_blocking=cuda) for x in next(batches)]
-            if WORLD > 1:  # gradients add up locally, until the last backward() averages them
+            if WORLD > 1:  # as in no_sync(): only the last backward() averages the gradients
                 parallel.require_backward_grad_sync = micro == args.accum - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = maskembed_loss(parallel, teacher, images, masks) / args.accum
