@@ -337,7 +337,7 @@ def evaluate(model, teacher, loader, bf16=False):
 
 def train(model, teacher, train_set, val_set, args, saved=None):
     """Trains the model with `args` of parse_args, from the start or from `saved`, the contents of a
-    last.pt. args.out must exist. Raises FloatingPointError if a logged loss or gradient is not finite."""
+    last.pt. Needs the folder args.out. Raises FloatingPointError if a logged loss is not finite."""
     device = teacher.scale.device
     cuda = device.type == "cuda"
     bf16 = args.dtype == "bfloat16"
