@@ -41,7 +41,7 @@ from tqdm import tqdm
 def sample_masks(batch_size, num_patches, num_masks=3, keep=None, generator=None):
     """Draws masks m for a batch of images: float (B, K, N) on the CPU, 1 = visible. K is num_masks:
     a random mask alone (1), with its complement (2), and with the full mask as well (3). `keep` is
-    the probability that a patch is visible. None: it is drawn from U(0, 1) for each image."""
+    the probability that a patch is visible. If None, it is drawn from U(0, 1) for each image."""
     if keep is None:  # then all numbers of visible patches, from 0 to N, are equally likely
         keep = torch.rand(batch_size, 1, generator=generator)  # (B, 1)
     drawn = (torch.rand(batch_size, num_patches, generator=generator) < keep).float()  # (B, N)
@@ -111,7 +111,7 @@ class SoftcapAttention(nn.Module):
         assert attn_mask is None and not is_causal, "SoftcapAttention takes no attention mask"
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        q = self.q_norm(q) * (self.scale / self.softcap)  # scaled here, because q is smaller than a
+        q = self.q_norm(q) * (self.scale / self.softcap)  # q is smaller than a
         logits = self.softcap * torch.tanh(q @ self.k_norm(k).transpose(-2, -1))  # (B, heads, T, T)
         x = self.attn_drop(logits.softmax(dim=-1)) @ v  # (B, heads, T, D / heads)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, T, D)
@@ -170,7 +170,7 @@ def maskembed_loss(model, teacher, images, masks):
     """The objective, over all T tokens: images (B, C, H, W), masks (B, K, N) -> scalar."""
     target = teacher(images, masks)  # before the model fills the memory with activations
     prediction = model(images, masks)
-    assert prediction.shape == target.shape, "the shapes differ, and mse_loss would broadcast them"
+    assert prediction.shape == target.shape, "the shapes of prediction and target differ"
     return F.mse_loss(prediction, target)
 
 
@@ -206,10 +206,10 @@ class Folder(Dataset):
         folder = str(folder).rstrip("/")
         paths = [f"{root}/{name}" for root, _, names in os.walk(folder, followlinks=True)
                  for name in names if is_image_file(name)]
-        paths = [path for path in paths if "/." not in path[len(folder):]]  # without hidden ones
+        paths = [path for path in paths if "/." not in path[len(folder):]]  # no hidden ones
         if not paths:
             raise ValueError(f"there is no folder {folder!r} with images (JPEG, PNG, WebP, ...)")
-        self.paths = np.array(sorted(map(os.fsencode, paths)))  # forked workers would copy a list
+        self.paths = np.array(sorted(map(os.fsencode, paths)))  # workers would copy a list
 
     def __len__(self):
         return len(self.paths)
@@ -219,12 +219,12 @@ class Folder(Dataset):
             path = os.fsdecode(self.paths[i])
             try:
                 image = Image.open(path)
-                if image.mode.startswith(("I", "F")):  # convert("RGB") would clip values above 255
+                if image.mode.startswith(("I", "F")):  # their values would be clipped
                     raise ValueError("a greyscale image of 16 or 32 bits; convert it to 8")
                 return image.convert("RGB")
             except Exception as error:  # Pillow raises many types
                 tqdm.write(f"replaced {path}: {error}", file=sys.stderr)
-            i = random.randrange(len(self))  # not the next one: broken files are often adjacent
+            i = random.randrange(len(self))  # the next one may be broken, too
         raise ValueError(f"20 files could not be read; the last one was {path}")
 
 
@@ -262,7 +262,7 @@ def open_data(vit, folder=None, num_masks=3, keep=None, seed=0):
         every = 100 if len(images) >= 1000 else 10
         train_images = Subset(images, indices[indices % every > 0])
         val_images = Subset(images, indices[indices % every == 0])
-    config = timm.data.resolve_model_data_config(vit)  # mean, std, interpolation of its pretraining
+    config = timm.data.resolve_model_data_config(vit)  # mean, std, interpolation
     config["input_size"] = (3, *size)
     val_transform = timm.data.create_transform(**config)
     config["interpolation"] = "random"
@@ -343,7 +343,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
     bf16 = args.dtype == "bfloat16"
     per_epoch = len(train_set) // args.images_per_update  # updates
     total = args.epochs * per_epoch
-    val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: always the same masks
+    val_keys = [(0, i) for i in range(RANK, len(val_set), WORLD)]  # epoch 0: the same masks
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, num_workers=args.workers,
                             persistent_workers=args.workers > 0)  # they start once, before DDP
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -387,7 +387,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
 
         ends_epoch = step % per_epoch == 0
         save_now = ends_epoch or step % args.save_every == 0
-        if save_now or step % args.log_every == 0:  # not always: the CPU waits for the GPU here
+        if save_now or step % args.log_every == 0:  # the CPU waits for the GPU here
             if WORLD > 1:
                 torch.distributed.all_reduce(mean_loss)  # adds up over processes
             if not (mean_loss.isfinite() and gradient_norm.isfinite()):
@@ -396,7 +396,7 @@ def train(model, teacher, train_set, val_set, args, saved=None):
         if save_now and RANK == 0:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          scale=teacher.scale.item(), settings=vars(args))
-            torch.save(state, f"{args.out}/last.pt.tmp")  # if killed here, last.pt is not affected
+            torch.save(state, f"{args.out}/last.pt.tmp")  # last.pt survives a kill here
             os.replace(f"{args.out}/last.pt.tmp", f"{args.out}/last.pt")
         if ends_epoch:
             val_loss, _ = evaluate(model, teacher, val_loader, bf16)
@@ -597,7 +597,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         os.makedirs(args.out, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # fails now if the folder cannot be written
+        tempfile.TemporaryFile(dir=args.out).close()  # fails now if it is read-only
         if args.demo:
             return demo(args) if RANK == 0 else None
         device = init_distributed()
@@ -609,7 +609,7 @@ def main(argv=None):
         args.num_images = len(train_set)  # not a flag, but --resume compares it
         if args.num_images < args.images_per_update:
             raise ValueError(f"{args.num_images} images do not fill an update: lower --batch-size")
-        train_set[0, 0], val_set[0, 0]  # reads one image of each; fails now if that is impossible
+        train_set[0, 0], val_set[0, 0]  # fails now if images cannot be read
         saved = load_last(args)
         if WORLD > 1:  # processes that disagree would wait for each other forever
             mine = dict(vars(args), step=saved["step"] if saved else 0)
